@@ -1,0 +1,77 @@
+"""``Manifest``: what a pack holds. A pack is a folder with ``manifest.json`` and the files it lists.
+
+Layout: ``manifest.json``; ``lib/<spec>.so``, the host library in the TVM-FFI ABI that is called;
+``kernels/<spec>/…``, the compiled kernels it was linked from (cubin and PTX, or object files), and the
+rendered source of each, for readers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagedgen.errors import InvalidValue
+from pagedgen.values.record import Record
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+
+FORMAT = 1  # bumped when an older loader could misread a pack
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class FileEntry:
+    """One file of the pack: path relative to it with forward slashes, size in bytes, SHA-256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        parts = self.path.split("/")
+        if self.path.startswith("/") or "\\" in self.path or any(p in ("", ".", "..") for p in parts):
+            raise InvalidValue("path", self.path, "a relative path inside the pack is allowed")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Rule:
+    """A row of a dispatch table; the first row that fits a call wins.
+
+    A call fits when its num_seqs and its bound on seq_len are at most the row's. Both are known on the
+    host without a synchronisation.
+    """
+
+    max_num_seqs: int
+    max_seq_len: int
+    variant: int  # index into KernelEntry.variants
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class KernelEntry:
+    """The kernels of one spec: the variants linked into one library, and the table that picks one."""
+
+    spec: KernelSpec
+    library: str  # path of the host library in the pack
+    variants: tuple[Schedule, ...]
+    dispatch: tuple[Rule, ...]
+    records: tuple[Record, ...]  # what each choice rests on
+
+    def __post_init__(self) -> None:
+        if not self.dispatch:
+            raise InvalidValue("dispatch", (), "at least one row is expected")
+        for rule in self.dispatch:
+            if not 0 <= rule.variant < len(self.variants):
+                raise InvalidValue("variant", rule.variant, f"0 to {len(self.variants) - 1} is allowed")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Manifest:
+    """The pack's table of contents."""
+
+    format: int
+    pagedgen: str  # version that built it; the loader wants the same major version
+    target: str
+    kind: str  # "cuda" or "cpu"
+    arch: str  # the loader compares this with the machine
+    host: str  # platform of the libraries: "linux-x86_64"
+    kernels: tuple[KernelEntry, ...]
+    files: tuple[FileEntry, ...]  # every file but the manifest itself

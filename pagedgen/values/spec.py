@@ -1,0 +1,171 @@
+"""``KernelSpec``: WHAT a kernel computes, and the memory contract it computes it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pagedgen.errors import InvalidValue
+from pagedgen.values import codec
+
+
+class Op(StrEnum):
+    """The operator."""
+
+    DECODE = "decode"  # one query token a sequence, ragged batch
+
+
+class DType(StrEnum):
+    """Element types of queries and of the KV cache."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    FP8_E4M3 = "fp8_e4m3"
+    FP8_E5M2 = "fp8_e5m2"
+
+    @property
+    def size(self) -> int:
+        """Bytes an element."""
+        return {"f32": 4, "f16": 2, "bf16": 2}.get(self.value, 1)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the type is one byte wide."""
+        return self.size == 1
+
+    @property
+    def short(self) -> str:
+        """The form used in names: ``fp8_e4m3`` is ``f8e4m3``."""
+        return self.value.replace("fp8_", "f8")
+
+
+class KVScale(StrEnum):
+    """Granularity of the dequantisation scales of an FP8 KV cache."""
+
+    NONE = "none"
+    TENSOR = "tensor"  # k_scale, v_scale: float32 [1]
+    HEAD = "head"  # k_scale, v_scale: float32 [num_kv_heads]
+
+
+class KInner(StrEnum):
+    """Which axis of K has stride 1. V always has head_dim innermost."""
+
+    DIM = "dim"  # NHD, HND, packed K|V and token-slot pools
+    TOKEN = "token"  # K stored [.., head_dim, block_size]: fastest on CPUs
+
+
+DTYPE_ALIASES = {
+    "fp32": DType.F32,
+    "float32": DType.F32,
+    "fp16": DType.F16,
+    "float16": DType.F16,
+    "half": DType.F16,
+    "bfloat16": DType.BF16,
+    "fp8": DType.FP8_E4M3,
+    "e4m3": DType.FP8_E4M3,
+    "e5m2": DType.FP8_E5M2,
+    "float8_e4m3fn": DType.FP8_E4M3,
+    "float8_e5m2": DType.FP8_E5M2,
+}
+
+
+def parse_dtype(text: str, field: str) -> DType:
+    """A ``DType`` from its name or a usual alias (``fp16``, ``float8_e4m3fn``, …).
+
+    Raises:
+        InvalidValue: names ``field`` and what is allowed.
+    """
+    name = text.strip().lower()
+    if name in DTYPE_ALIASES:
+        return DTYPE_ALIASES[name]
+    try:
+        return DType(name)
+    except ValueError:
+        raise InvalidValue(field, text, f"allowed: {', '.join(DType)}") from None
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class KernelSpec:
+    """One attention operator over a paged KV cache.
+
+    Shapes that follow from it: q, out ``[num_seqs, num_q_heads, head_dim]`` in ``q_dtype``; k, v
+    ``[num_blocks, block_size, num_kv_heads, head_dim]`` (logical order, any strides but the innermost)
+    in ``kv_dtype``; lse ``[num_seqs, num_q_heads]`` float32, natural logarithm.
+
+    Raises:
+        InvalidValue: naming the field, the value and what is allowed.
+    """
+
+    op: Op
+    head_dim: int
+    num_q_heads: int
+    num_kv_heads: int
+    block_size: int
+    q_dtype: DType
+    kv_dtype: DType
+    kv_scale: KVScale = KVScale.NONE
+    k_inner: KInner = KInner.DIM
+    return_lse: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("head_dim", "num_q_heads", "num_kv_heads", "block_size"):
+            value = getattr(self, field)
+            if type(value) is not int:
+                raise InvalidValue(field, value, "an integer is expected")
+        if not (32 <= self.head_dim <= 256 and self.head_dim % 8 == 0):
+            raise InvalidValue("head_dim", self.head_dim, "a multiple of 8 from 32 to 256 is allowed")
+        if self.num_kv_heads < 1:
+            raise InvalidValue("num_kv_heads", self.num_kv_heads, "at least 1 is allowed")
+        if self.num_q_heads < 1 or self.num_q_heads % self.num_kv_heads:
+            raise InvalidValue(
+                "num_q_heads",
+                self.num_q_heads,
+                f"a multiple of num_kv_heads ({self.num_kv_heads}) is allowed",
+            )
+        if not 1 <= self.block_size <= 1 << 16:
+            raise InvalidValue("block_size", self.block_size, "1 to 65536 tokens is allowed")
+        if self.q_dtype.is_fp8:
+            raise InvalidValue("q_dtype", self.q_dtype.value, "allowed: f32, f16, bf16")
+        if not self.kv_dtype.is_fp8 and self.kv_dtype != self.q_dtype:
+            allowed = f"q_dtype ({self.q_dtype}) or an fp8 type is allowed"
+            raise InvalidValue("kv_dtype", self.kv_dtype.value, allowed)
+        if self.kv_dtype.is_fp8 == (self.kv_scale is KVScale.NONE):
+            allowed = "fp8 takes 'tensor' or 'head', other types take 'none'"
+            raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head (the GQA ratio)."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V together that one token occupies in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype.size
+
+    @property
+    def name(self) -> str:
+        """Readable and unique among specs: ``decode-h128-q32-kv8-b16-f16-kvf8e4m3``."""
+        parts = [
+            self.op.value,
+            f"h{self.head_dim}",
+            f"q{self.num_q_heads}",
+            f"kv{self.num_kv_heads}",
+            f"b{self.block_size}",
+            self.q_dtype.short,
+        ]
+        if self.kv_dtype != self.q_dtype:
+            parts.append(f"kv{self.kv_dtype.short}")
+        if self.kv_scale is KVScale.HEAD:
+            parts.append("headscale")
+        if self.k_inner is KInner.TOKEN:
+            parts.append("ktoken")
+        if self.return_lse:
+            parts.append("lse")
+        return "-".join(parts)
+
+    @property
+    def hash(self) -> str:
+        """Content hash, 16 hex digits."""
+        return codec.content_hash(self)
