@@ -92,6 +92,10 @@ class RecordConflict(PagedgenError):
     """A stored record was made by something else (other version, device, spec) and is not overwritten."""
 
 
+class CacheUnwritable(PagedgenError):
+    """The user cache cannot be written (read-only folder, full disk): names the path and the cause."""
+
+
 class PackError(PagedgenError):
     """Base of what can be wrong with a pack."""
 

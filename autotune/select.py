@@ -1,0 +1,169 @@
+"""records → variants and dispatch rules: the smallest set of kernels nearly as good as all of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pagedgen.errors import InvalidValue
+from pagedgen.values.manifest import Rule
+from pagedgen.values.record import Status
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.workload import Workload
+
+WORST_REGRET = 0.02
+ANY = 2**31 - 1  # a rule with this bound holds for every call
+EXHAUSTIVE = 50_000  # subsets tried before the greedy cover takes over
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The kernels of one spec, and the table that picks one for a call.
+
+    ``worst_regret`` is the largest slowdown, over the tuned workloads, of the table's pick against the
+    fastest of all candidates: 0.013 is 1.3%.
+    """
+
+    status: Status
+    variants: tuple[Schedule, ...]
+    dispatch: tuple[Rule, ...]
+    worst_regret: float
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise InvalidValue("variants", (), "at least one is expected")
+        if not self.dispatch or (self.dispatch[-1].max_num_seqs, self.dispatch[-1].max_seq_len) != (ANY, ANY):
+            raise InvalidValue(
+                "dispatch", self.dispatch[-1:], f"the last row covers everything ({ANY}, {ANY})"
+            )
+        for rule in self.dispatch:
+            if not 0 <= rule.variant < len(self.variants):
+                raise InvalidValue("variant", rule.variant, f"0 to {len(self.variants) - 1} is allowed")
+
+    def pick(self, num_seqs: int, max_seq_len: int) -> Schedule:
+        """The schedule that the table gives a call."""
+        return self.variants[lookup(self.dispatch, num_seqs, max_seq_len)]
+
+
+def lookup(dispatch: Sequence[Rule], num_seqs: int, max_seq_len: int) -> int:
+    """Index of the variant of the first row that fits.
+
+    Raises:
+        InvalidValue: no row fits.
+    """
+    for rule in dispatch:
+        if num_seqs <= rule.max_num_seqs and max_seq_len <= rule.max_seq_len:
+            return rule.variant
+    raise InvalidValue("dispatch", (num_seqs, max_seq_len), "no row covers this call")
+
+
+def select(
+    times: Mapping[Schedule, Mapping[Workload, float]],
+    status: Status = Status.MEASURED,
+    worst_regret: float = WORST_REGRET,
+) -> Selection:
+    """The smallest set of schedules whose worst regret under its own dispatch table is at most the bound.
+
+    A call is known by (num_seqs, bound on seq_len) alone, so workloads that share both share a pick; where
+    such workloads disagree by more than the bound, the best compromise stands in for it. Among equally small
+    sets the one with the least mean regret wins, then the one that comes first in ``times``.
+
+    ``times[schedule][workload]`` is in microseconds; every schedule has every workload.
+
+    Raises:
+        InvalidValue: an empty or ragged matrix, or a time that is not positive.
+    """
+    schedules = tuple(times)
+    workloads = tuple(next(iter(times.values()), ()))
+    _check(times, schedules, workloads)
+    best = {w: min(times[s][w] for s in schedules) for w in workloads}
+    cells: dict[tuple[int, int], list[Workload]] = {}
+    for workload in workloads:
+        cells.setdefault((workload.num_seqs, workload.max_seq_len), []).append(workload)
+
+    # regret[s][c]: the worst of schedule s in cell c
+    regret = [[max(times[s][w] / best[w] - 1 for w in cell) for cell in cells.values()] for s in schedules]
+    allowed = [max(worst_regret, min(row[c] for row in regret)) for c in range(len(cells))]
+    chosen = _smallest(regret, allowed)
+    picks = {cell: min(chosen, key=lambda s: (regret[s][c], s)) for c, cell in enumerate(cells)}
+    used = sorted(set(picks.values()), key=lambda s: (-sum(p == s for p in picks.values()), s))
+    rules = _rules({cell: used.index(s) for cell, s in picks.items()})
+    worst = max(regret[s][c] for c, s in enumerate(picks.values()))
+    return Selection(status, tuple(schedules[s] for s in used), rules, worst)
+
+
+def _check(
+    times: Mapping[Schedule, Mapping[Workload, float]],
+    schedules: tuple[Schedule, ...],
+    workloads: tuple[Workload, ...],
+) -> None:
+    if not schedules or not workloads:
+        raise InvalidValue("times", dict(times), "at least one schedule and one workload are expected")
+    for schedule in schedules:
+        if set(times[schedule]) != set(workloads):
+            raise InvalidValue("times", schedule.name, "every schedule is timed on every workload")
+        for workload, time in times[schedule].items():
+            if not (time > 0 and math.isfinite(time)):
+                raise InvalidValue(
+                    "times", time, f"a positive time of {schedule.name} on {workload.name} is expected"
+                )
+
+
+def _smallest(regret: Sequence[Sequence[float]], allowed: Sequence[float]) -> tuple[int, ...]:
+    """Indices of the smallest subset that keeps every cell within its bound."""
+    cells = range(len(allowed))
+    covers = [frozenset(c for c in cells if row[c] <= allowed[c]) for row in regret]
+    candidates = [s for s, cover in enumerate(covers) if cover]
+
+    def mean(subset: tuple[int, ...]) -> float:
+        return sum(min(regret[s][c] for s in subset) for c in cells)
+
+    for size in range(1, len(candidates) + 1):
+        if math.comb(len(candidates), size) > EXHAUSTIVE:
+            break
+        valid = [
+            subset
+            for subset in itertools.combinations(candidates, size)
+            if len(frozenset().union(*(covers[s] for s in subset))) == len(allowed)
+        ]
+        if valid:
+            return min(valid, key=mean)
+    chosen: tuple[int, ...] = ()
+    missing = set(cells)
+    while missing:  # greedy set cover: at most ln(cells) times larger than the smallest
+        step = min(candidates, key=lambda s: (-len(covers[s] & missing), mean((*chosen, s))))
+        chosen, missing = (*chosen, step), missing - covers[step]
+    return chosen
+
+
+def _rules(picks: Mapping[tuple[int, int], int]) -> tuple[Rule, ...]:
+    """A complete table: every call gets the pick of the tuned cell nearest to it.
+
+    Bands end at the geometric mean of neighbouring tuned values (batch sizes and lengths act by ratio), the
+    last band holds the rest; a band of num_seqs is a run of rows, merged where neighbours agree.
+    """
+    counts = _bands(sorted({n for n, _ in picks}))
+    lengths = _bands(sorted({length for _, length in picks}))
+    bands: list[tuple[int, list[tuple[int, int]]]] = []
+    for count, count_bound in counts:
+        row: list[tuple[int, int]] = []
+        for length, length_bound in lengths:
+            variant = picks[min(picks, key=lambda cell: (_distance(cell, (count, length)), cell))]
+            if row and row[-1][1] == variant:
+                row.pop()
+            row.append((length_bound, variant))
+        if bands and bands[-1][1] == row:
+            bands.pop()
+        bands.append((count_bound, row))
+    return tuple(Rule(count, length, variant) for count, row in bands for length, variant in row)
+
+
+def _bands(values: Sequence[int]) -> list[tuple[int, int]]:
+    bounds = [math.isqrt(a * b) for a, b in itertools.pairwise(values)]
+    return list(zip(values, [*bounds, ANY], strict=True))
+
+
+def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
+    return math.hypot(*(math.log2((x + 1) / (y + 1)) for x, y in zip(a, b, strict=True)))

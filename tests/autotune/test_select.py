@@ -1,0 +1,130 @@
+"""Selection: the smallest set within the bound, and a dispatch table that keeps its word."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagedgen.autotune.select import ANY, Selection, lookup, select
+from pagedgen.errors import InvalidValue
+from pagedgen.values.manifest import Rule
+from pagedgen.values.record import Status
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.workload import Workload
+
+Matrix = dict[Schedule, dict[Workload, float]]
+
+
+def schedule(index: int) -> Schedule:
+    return Schedule.of("t", index=index)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Matrix:
+    lengths = st.lists(st.integers(1, 1 << 17), min_size=1, max_size=6).map(tuple)
+    batches = draw(st.lists(lengths, min_size=1, max_size=7, unique=True))
+    workloads = [Workload(f"w{i}", batch) for i, batch in enumerate(batches)]
+    times = st.floats(1.0, 1.2) | st.floats(1.0, 1000.0)
+    count = draw(st.integers(1, 6))
+    return {schedule(i): {w: draw(times) for w in workloads} for i in range(count)}
+
+
+def cells_of(times: Matrix) -> dict[tuple[int, int], list[Workload]]:
+    cells: dict[tuple[int, int], list[Workload]] = {}
+    for w in next(iter(times.values())):
+        cells.setdefault((w.num_seqs, w.max_seq_len), []).append(w)
+    return cells
+
+
+def bounds(times: Matrix, bound: float) -> dict[tuple[int, int], float]:
+    """What each cell must reach: the bound, or the best that any one schedule can do there."""
+    found = {}
+    for cell, workloads in cells_of(times).items():
+        best = {w: min(row[w] for row in times.values()) for w in workloads}
+        found[cell] = max(bound, min(max(row[w] / best[w] - 1 for w in workloads) for row in times.values()))
+    return found
+
+
+@given(matrices(), st.sampled_from([0.0, 0.02, 0.1]))
+def test_the_table_keeps_the_bound_with_the_fewest_schedules(times: Matrix, bound: float) -> None:
+    chosen = select(times, worst_regret=bound)
+    allowed = bounds(times, bound)
+    worst = 0.0
+    for cell, workloads in cells_of(times).items():
+        pick = chosen.pick(*cell)
+        for w in workloads:
+            regret = times[pick][w] / min(row[w] for row in times.values()) - 1
+            worst = max(worst, regret)
+            assert regret <= allowed[cell] + 1e-12
+    assert math.isclose(worst, chosen.worst_regret, abs_tol=1e-12)
+    for smaller in itertools.combinations(times, len(chosen.variants) - 1):
+        assert not all(
+            any(
+                max(times[s][w] / min(row[w] for row in times.values()) - 1 for w in workloads)
+                <= allowed[cell]
+                for s in smaller
+            )
+            for cell, workloads in cells_of(times).items()
+        ), "a smaller set would have done"
+
+
+@given(matrices(), st.integers(0, ANY), st.integers(0, ANY))
+def test_the_table_is_complete_and_has_no_dead_row(times: Matrix, num_seqs: int, max_seq_len: int) -> None:
+    chosen = select(times)
+    assert 0 <= lookup(chosen.dispatch, num_seqs, max_seq_len) < len(chosen.variants)
+    assert {rule.variant for rule in chosen.dispatch} == set(range(len(chosen.variants)))
+    for i, rule in enumerate(chosen.dispatch):
+        reached = (rule.max_num_seqs, rule.max_seq_len)
+        assert not any(
+            earlier.max_num_seqs >= reached[0] and earlier.max_seq_len >= reached[1]
+            for earlier in chosen.dispatch[:i]
+        )
+
+
+def test_one_schedule_when_one_is_good_enough() -> None:
+    short, long = Workload.uniform(1, 1024), Workload.uniform(1, 65536)
+    times = {schedule(0): {short: 10.0, long: 101.9}, schedule(1): {short: 12.0, long: 100.0}}
+    chosen = select(times)
+    assert chosen.variants == (schedule(0),)
+    assert chosen.dispatch == (Rule(ANY, ANY, 0),)
+    assert chosen.worst_regret == pytest.approx(0.019)
+
+
+def test_two_when_two_are_needed_and_the_border_is_the_geometric_mean() -> None:
+    short, long = Workload.uniform(8, 1024), Workload.uniform(8, 16384)
+    times = {schedule(0): {short: 10.0, long: 130.0}, schedule(1): {short: 12.0, long: 100.0}}
+    chosen = select(times)
+    assert set(chosen.variants) == {schedule(0), schedule(1)}
+    assert chosen.pick(8, 4096) == chosen.pick(1000, 1) == schedule(0)
+    assert chosen.pick(8, 4097) == chosen.pick(1, ANY) == schedule(1)
+    assert chosen.worst_regret == 0.0
+
+
+def test_the_greedy_cover_takes_over_on_large_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedgen.autotune.select.EXHAUSTIVE", 0)
+    workloads = [Workload.uniform(1, 2**i) for i in range(4, 12)]
+    times = {schedule(s): {w: 1.0 if s == i else 2.0 for i, w in enumerate(workloads)} for s in range(8)}
+    chosen = select(times)
+    assert len(chosen.variants) == 8 and chosen.worst_regret == 0.0
+
+
+def test_bad_matrices_are_refused() -> None:
+    w = Workload.uniform(1, 16)
+    with pytest.raises(InvalidValue, match="at least one schedule"):
+        select({})
+    with pytest.raises(InvalidValue, match="every schedule is timed"):
+        select({schedule(0): {w: 1.0}, schedule(1): {}})
+    for time in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InvalidValue, match="positive time"):
+            select({schedule(0): {w: time}})
+
+
+def test_a_table_that_does_not_cover_everything_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="covers everything"):
+        Selection(Status.MEASURED, (schedule(0),), (Rule(8, 4096, 0),), 0.0)
+    with pytest.raises(InvalidValue, match="variant"):
+        Selection(Status.MEASURED, (schedule(0),), (Rule(ANY, ANY, 1),), 0.0)
