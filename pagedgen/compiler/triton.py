@@ -1,0 +1,148 @@
+"""Rendered Triton source → cubin and PTX for any named architecture, with no GPU present."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pagedgen.compiler.binary import Binary, Source
+from pagedgen.errors import CompileError, ToolMissing
+from pagedgen.templates.triton.decode import kv_align
+from pagedgen.values.record import Resources
+from pagedgen.values.spec import DType, KernelSpec
+
+POINTER_TYPES = {DType.F16: "*fp16", DType.BF16: "*bf16", DType.F32: "*fp32"}
+
+
+def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
+    """Triton types of the kernel's arguments, by name."""
+    kv = "*u8" if spec.kv_dtype.is_fp8 else POINTER_TYPES[spec.kv_dtype]
+    known = {
+        "q_ptr": POINTER_TYPES[spec.q_dtype],
+        "out_ptr": POINTER_TYPES[spec.q_dtype],
+        "k_ptr": kv,
+        "v_ptr": kv,
+        "block_table_ptr": "*i32",
+        "seq_lens_ptr": "*i32",
+        "counter_ptr": "*i32",
+        "qk_scale": "fp32",
+        "num_seqs": "i32",
+        "partitions": "i32",
+        "k_stride_block": "i32",
+        "v_stride_block": "i32",
+        "k_stride_token": "i32",
+        "v_stride_token": "i32",
+    }
+    return {n: known.get(n, "*fp32" if n.endswith("_ptr") else "i64") for n in names}
+
+
+def alignment_of(spec: KernelSpec, name: str) -> int:
+    """What an argument is known to be a multiple of: bytes for pointers, elements for strides; 1 if nothing.
+
+    The launcher checks exactly this before a launch.
+    """
+    if name in ("k_ptr", "v_ptr"):
+        return kv_align(spec)
+    if name.startswith(("k_stride", "v_stride")):
+        return kv_align(spec) // spec.kv_dtype.size
+    if name.startswith(("q_stride", "out_stride")):
+        return 8  # head_dim is a multiple of 8
+    if name in ("q_ptr", "out_ptr", "partial_ptr", "partial_lse_ptr"):
+        return 16
+    return 1
+
+
+def load_source(text: str, folder: Path) -> ModuleType:
+    """Import rendered source from a file, which Triton reads back through ``inspect``."""
+    name = "pagedgen_kernel_" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = folder / f"{name}.py"
+    path.write_text(text, encoding="utf-8")
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def compile_triton(source: Source) -> Binary:
+    """Compile for ``source.target.arch`` and read back what the binary uses.
+
+    Raises:
+        CompileError: Triton or ptxas refused it.
+        ToolMissing: Triton is not installed.
+    """
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise ToolMissing("triton", "tune") from error
+    os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # line tables double a cubin's size
+    target, spec, schedule = source.target, source.spec, source.schedule
+    with tempfile.TemporaryDirectory(prefix="pagedgen-") as folder:
+        function = load_source(source.text, Path(folder)).paged_decode
+        names = list(function.arg_names)
+        attributes: dict[tuple[int, ...], Any] = {}
+        for i, name in enumerate(names):
+            if (multiple := alignment_of(spec, name)) > 1:
+                attributes[(i,)] = [["tt.divisibility", multiple]]
+        gpu = (
+            GPUTarget("hip", target.arch, 64)
+            if target.kind == "hip"
+            else GPUTarget("cuda", target.capability, 32)
+        )
+        try:
+            kernel = triton.compile(
+                ASTSource(fn=function, signature=signature_of(spec, names), constexprs={}, attrs=attributes),
+                target=gpu,
+                options={"num_warps": schedule.int("num_warps"), "num_stages": schedule.int("num_stages")},
+            )
+        except Exception as error:  # Triton raises many kinds, all meaning "not this candidate"
+            raise CompileError(f"{schedule.name}: {_last_lines(str(error))}") from error
+    metadata = kernel.metadata
+    if target.kind == "hip":
+        files: tuple[tuple[str, bytes], ...] = (("kernel.hsaco", kernel.asm["hsaco"]),)
+        resources = Resources(smem_bytes=metadata.shared, code_bytes=len(kernel.asm["hsaco"]))
+    else:
+        cubin = kernel.asm["cubin"]
+        files = (("kernel.cubin", cubin), ("kernel.ptx", kernel.asm["ptx"].encode()))
+        resources = read_resources(cubin, metadata.shared)
+    if metadata.shared > target.smem_per_block:
+        raise CompileError(
+            f"{schedule.name}: needs {metadata.shared} B of shared memory; "
+            f"{target.name} has {target.smem_per_block}"
+        )
+    return Binary(source, metadata.name, files, resources, f"triton {triton.__version__}", metadata.num_warps)
+
+
+def read_resources(cubin: bytes, dynamic_smem: int) -> Resources:
+    """Registers, spills and shared memory of a cubin, as ``cuobjdump`` reads them.
+
+    Raises:
+        CompileError: the tool is missing or its output is not understood.
+    """
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=False
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", run.stdout)
+    if not found:
+        raise CompileError(f"cuobjdump gave no resource line: {_last_lines(run.stdout + run.stderr)}")
+    registers, stack, shared, local = map(int, found.groups())
+    return Resources(registers, stack + local, shared + dynamic_smem, len(cubin))
+
+
+def _last_lines(text: str, count: int = 4) -> str:
+    return " / ".join(line.strip() for line in text.strip().splitlines()[-count:])

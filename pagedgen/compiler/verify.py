@@ -1,0 +1,335 @@
+"""The correctness gate: no kernel is timed, recorded or packed before it has passed.
+
+Reference in float64 on the same quantised K and V; fresh random inputs; shuffled blocks; unused slots,
+unused blocks and outputs poisoned with NaN; rows of length 0 that must stay unwritten; every case called
+twice on one workspace, so that what a call leaves behind is tried too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from pagedgen.errors import ArgumentError
+from pagedgen.values.record import Verdict
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale
+
+TORCH_TYPES = {
+    DType.F32: torch.float32,
+    DType.F16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.FP8_E4M3: torch.float8_e4m3fn,
+    DType.FP8_E5M2: torch.float8_e5m2,
+}
+EPS = {DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
+Pool = Literal["nhd", "hnd", "packed"]
+POOLS: tuple[Pool, ...] = ("nhd", "hnd", "packed")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Arguments of one decode call; shapes as in ``KernelSpec``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+    softmax_scale: float
+    max_seq_len: int
+
+
+class Callee(Protocol):
+    """What the gate can call: a linked library, or anything with the same two functions."""
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        softmax_scale: float,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+        workspace: torch.Tensor,
+        max_seq_len: int,
+        variant: int,
+    ) -> None:
+        """The library ABI's ``decode`` (docs/architecture.md)."""
+
+    def workspace_bytes(self, num_seqs: int) -> int:
+        """Bytes of workspace a call with ``num_seqs`` sequences needs."""
+
+
+def _pool(
+    spec: KernelSpec, num_blocks: int, pool: Pool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised K and V pools of the logical shape, strided as ``pool`` says; bytes for fp8."""
+    kind = torch.uint8 if spec.kv_dtype.is_fp8 else TORCH_TYPES[spec.kv_dtype]
+    blocks, tokens, heads, dim = num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim
+    if pool == "packed":
+        both = torch.empty(blocks, tokens, heads, 2 * dim, dtype=kind, device=device)
+        k, v = both[..., :dim], both[..., dim:]
+    elif pool == "hnd":
+        k = torch.empty(blocks, heads, tokens, dim, dtype=kind, device=device).transpose(1, 2)
+        v = torch.empty(blocks, heads, tokens, dim, dtype=kind, device=device).transpose(1, 2)
+    else:
+        k = torch.empty(blocks, tokens, heads, dim, dtype=kind, device=device)
+        v = torch.empty(blocks, tokens, heads, dim, dtype=kind, device=device)
+    if spec.k_inner is KInner.TOKEN:
+        k = torch.empty(blocks, heads, dim, tokens, dtype=kind, device=device).permute(0, 3, 1, 2)
+        if pool != "nhd":  # V head-major beside token-innermost K: the layout of the project's own CPU cache
+            v = torch.empty(blocks, heads, tokens, dim, dtype=kind, device=device).transpose(1, 2)
+    return k, v
+
+
+def make_inputs(
+    spec: KernelSpec,
+    seq_lens: Sequence[int],
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    *,
+    pool: Pool = "nhd",
+    poison: bool = True,
+    all_codes: bool = False,
+    spare_blocks: int = 3,
+) -> Inputs:
+    """Fresh random inputs of one batch: blocks shuffled over the pool, everything unused NaN if ``poison``.
+
+    With ``all_codes`` an FP8 cache holds every finite code, subnormals included, with scales to match.
+    """
+    device = torch.device(device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    shuffle = random.Random(seed)
+    block, heads, dim = spec.block_size, spec.num_kv_heads, spec.head_dim
+    blocks_of = [-(-n // block) for n in seq_lens]
+    num_blocks = sum(blocks_of) + spare_blocks
+    order = list(range(num_blocks))
+    shuffle.shuffle(order)
+    width = max(max(blocks_of), 1)
+    spare = order[-1]
+    rows, taken = [], 0
+    for count in blocks_of:
+        rows.append(order[taken : taken + count] + [spare] * (width - count))
+        taken += count
+    block_table = torch.tensor(rows, dtype=torch.int32, device=device)
+
+    k, v = _pool(spec, num_blocks, pool, device)
+    shape = (num_blocks, block, heads, dim)
+    is_fp8 = spec.kv_dtype.is_fp8
+    for tensor in (k, v):
+        if is_fp8 and all_codes:
+            codes = torch.randint(0, 256, shape, dtype=torch.int32, generator=generator, device=device)
+            limit = 0x7E if spec.kv_dtype is DType.FP8_E4M3 else 0x7B  # largest finite magnitude
+            magnitude = codes & 0x7F
+            codes = torch.where(magnitude > limit, codes & 0xBF, codes)
+            tensor.copy_(codes.to(torch.uint8))
+        else:
+            values = torch.randn(shape, dtype=torch.float32, generator=generator, device=device)
+            if is_fp8:
+                tensor.copy_(values.to(TORCH_TYPES[spec.kv_dtype]).view(torch.uint8))
+            else:
+                tensor.copy_(values)
+    if poison:
+        used = torch.zeros(num_blocks, block, dtype=torch.bool, device=device)
+        for row, length in enumerate(seq_lens):
+            for i in range(blocks_of[row]):
+                used[rows[row][i], : min(block, length - i * block)] = True
+        for tensor in (k, v):
+            tensor[~used] = 0x7F if is_fp8 else float("nan")
+
+    scales: list[torch.Tensor | None] = [None, None]
+    if is_fp8:
+        size = heads if spec.kv_scale is KVScale.HEAD else 1
+        for i in range(2):
+            random_scale = torch.rand(size, generator=generator, device=device) + 0.5
+            scales[i] = (random_scale / (64 if all_codes else 1)).float()
+    num_seqs = len(seq_lens)
+    q_shape = (num_seqs, spec.num_q_heads, dim)
+    q = torch.randn(q_shape, dtype=torch.float32, generator=generator, device=device).to(
+        TORCH_TYPES[spec.q_dtype]
+    )
+    out = torch.full(q_shape, float("nan"), dtype=q.dtype, device=device)
+    lse = torch.full(q_shape[:2], float("nan"), device=device) if spec.return_lse else None
+    if is_fp8:
+        k, v = k.view(TORCH_TYPES[spec.kv_dtype]), v.view(TORCH_TYPES[spec.kv_dtype])
+    lens = torch.tensor(list(seq_lens), dtype=torch.int32, device=device)
+    return Inputs(q, k, v, block_table, lens, out, lse, scales[0], scales[1], dim**-0.5, width * block)
+
+
+def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention in float64.
+
+    Returns:
+        out ``[num_seqs, num_q_heads, head_dim]``, lse ``[num_seqs, num_q_heads]`` and, per output, the
+        magnitude that rounding errors scale with (``sum_t p_t |v_t|`` and a trace of the largest). Rows of
+        length 0 are NaN.
+    """
+    num_seqs, group = inputs.q.shape[0], spec.group_size
+    out = torch.full(inputs.q.shape, float("nan"), dtype=torch.float64, device=inputs.q.device)
+    magnitude = out.clone()
+    lse = out[..., 0].clone()
+    k_scale = 1.0 if inputs.k_scale is None else inputs.k_scale.double()[:, None]
+    v_scale = 1.0 if inputs.v_scale is None else inputs.v_scale.double()[:, None]
+    for row in range(num_seqs):
+        length = int(inputs.seq_lens[row])
+        if not length:
+            continue
+        ids = inputs.block_table[row, : -(-length // spec.block_size)].long()
+        # fp8 tensors cannot be indexed everywhere; bytes can
+        k, v = (
+            (t.view(torch.uint8)[ids].view(t.dtype) if spec.kv_dtype.is_fp8 else t[ids])
+            .flatten(0, 1)[:length]
+            .double()
+            for t in (inputs.k, inputs.v)
+        )
+        k, v = k * k_scale, v * v_scale  # [length, num_kv_heads, head_dim]
+        q = inputs.q[row].double().view(spec.num_kv_heads, group, spec.head_dim)
+        scores = torch.einsum("hgd,thd->hgt", q, k) * inputs.softmax_scale
+        weights = torch.softmax(scores, dim=-1)
+        out[row] = torch.einsum("hgt,thd->hgd", weights, v).flatten(0, 1)
+        # float16 weights below 2^-24 are lost, which is 2^-14 of its rounding unit times the largest value
+        lost = 2.0**-14 * v.abs().amax(0)  # [num_kv_heads, head_dim]
+        magnitude[row] = (torch.einsum("hgt,thd->hgd", weights, v.abs()) + lost[:, None]).flatten(0, 1)
+        lse[row] = torch.logsumexp(scores, dim=-1).flatten()
+    return out, lse, magnitude
+
+
+def tolerance(spec: KernelSpec, out: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Allowed absolute error of every output: rounding the result, and rounding the softmax weights.
+
+    Weights may be rounded to the 16-bit type in use, which costs at most half a unit of each weight; float32
+    kernels are allowed 4e-6 of the weighted magnitude for their exponential (measured: 1e-6).
+    """
+    eps = EPS[spec.q_dtype]
+    return eps * out.abs() + (max(eps, 4e-6)) * magnitude + 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One batch the gate tries."""
+
+    seq_lens: tuple[int, ...]
+    pool: Pool
+    all_codes: bool = False
+
+
+def cases_of(spec: KernelSpec, seed: int, *, quick: bool = False) -> tuple[Case, ...]:
+    """The gate's batches: edges of a block, odd lengths, long splits, padding rows, many sequences."""
+    draw = random.Random(seed)
+    block = spec.block_size
+    edges = (1, max(1, block - 1), block, block + 1, 2 * block + 3, 0, 77, 333)
+    cases = [Case(edges, "nhd"), Case((4097, 1, 0, 515 + draw.randrange(200)), "hnd")]
+    if not quick:
+        cases.append(Case((1031,), "packed"))
+        cases.append(Case(tuple(draw.randrange(0, 70) for _ in range(133)), "nhd"))
+    if spec.kv_dtype.is_fp8:
+        cases.append(Case((1, 300, 129), "hnd", all_codes=True))
+    return tuple(cases)
+
+
+def run_case(spec: KernelSpec, callee: Callee, variant: int, inputs: Inputs, workspace: torch.Tensor) -> None:
+    """One call of the library on ``inputs``."""
+    callee.decode(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.block_table,
+        inputs.seq_lens,
+        inputs.out,
+        inputs.lse,
+        inputs.softmax_scale,
+        inputs.k_scale,
+        inputs.v_scale,
+        workspace,
+        inputs.max_seq_len,
+        variant,
+    )
+
+
+def judge(spec: KernelSpec, inputs: Inputs) -> tuple[float, float, str]:
+    """Compare what a call wrote with the reference: (largest error, its tolerance, reason or empty)."""
+    out, lse, magnitude = reference(spec, inputs)
+    empty = inputs.seq_lens == 0
+    if not bool(inputs.out[empty].isnan().all()):
+        return float("inf"), 0.0, "a row of length 0 was written"
+    got, want = inputs.out[~empty].double(), out[~empty]
+    if not bool(got.isfinite().all()):
+        rows = (~got.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        return float("inf"), 0.0, f"unwritten or not finite outputs in rows {rows[:4]}"
+    if not got.numel():
+        return 0.0, 0.0, ""
+    error = (got - want).abs()
+    allowed = tolerance(spec, want, magnitude[~empty])
+    worst = int((error / allowed).argmax())
+    largest, limit = float(error.flatten()[worst]), float(allowed.flatten()[worst])
+    if largest > limit:
+        return largest, limit, f"error {largest:.3g} where {limit:.3g} is allowed"
+    if inputs.lse is not None:
+        lse_error = float((inputs.lse[~empty].double() - lse[~empty]).abs().max())
+        if not lse_error <= 1e-3:
+            return lse_error, 1e-3, f"lse error {lse_error:.3g} where 0.001 is allowed"
+        if not bool(inputs.lse[empty].isnan().all()):
+            return float("inf"), 0.0, "the lse of a row of length 0 was written"
+    return largest, limit, ""
+
+
+def gate(
+    callee: Callee,
+    spec: KernelSpec,
+    variant: int,
+    device: torch.device | str,
+    seed: int,
+    *,
+    quick: bool = False,
+    wrap: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+) -> Verdict:
+    """Try one variant on every case, twice each on one workspace.
+
+    ``wrap`` may turn a call into another way of making it (CUDA-graph capture and replay).
+    """
+    device = torch.device(device)
+    cases = cases_of(spec, seed, quick=quick)
+    most = max(len(case.seq_lens) for case in cases)
+    size = callee.workspace_bytes(most)
+    workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+    worst = (0.0, 0.0)
+    for number, case in enumerate(cases):
+        for again in range(2):
+            inputs = make_inputs(
+                spec,
+                case.seq_lens,
+                device,
+                seed + 2 * number + again,
+                pool=case.pool,
+                all_codes=case.all_codes,
+            )
+
+            def call(inputs: Inputs = inputs) -> None:
+                run_case(spec, callee, variant, inputs, workspace)
+
+            try:
+                (wrap(call) if wrap else call)()
+            except ArgumentError:
+                raise
+            except Exception as problem:  # any failure of a candidate is a verdict, not a crash of the search
+                return Verdict(False, number + 1, float("inf"), 0.0, seed, f"call failed: {problem}")
+            error, allowed, reason = judge(spec, inputs)
+            if reason:
+                lens = list(case.seq_lens[:8])
+                where = f"{reason} (case {number}: seq_lens {lens}, pool {case.pool}, call {again + 1})"
+                return Verdict(False, number + 1, error, allowed, seed, where)
+            if not worst[1] or error / max(allowed, 1e-30) > worst[0] / worst[1]:
+                worst = (error, allowed)
+    return Verdict(True, len(cases), worst[0], worst[1], seed)
