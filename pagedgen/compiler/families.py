@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from functools import cache
 
 from pagedgen.errors import Unsupported
@@ -10,18 +11,12 @@ from pagedgen.templates.family import Family
 from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
 
-
-@cache
-def families() -> dict[tuple[str, Op], Family]:
-    """Families by (target kind, op). HIP targets use the CUDA kind's Triton templates."""
-    from pagedgen.templates.triton.decode import FAMILY as TRITON_DECODE
-    from pagedgen.templates.tvm.decode import FAMILY as TVM_DECODE
-
-    return {
-        ("cuda", Op.DECODE): TRITON_DECODE,
-        ("hip", Op.DECODE): TRITON_DECODE,
-        ("cpu", Op.DECODE): TVM_DECODE,
-    }
+# (target kind, op) -> the module whose FAMILY renders it. HIP targets share CUDA's Triton templates.
+MODULES = {
+    ("cuda", Op.DECODE): "pagedgen.templates.triton.decode",
+    ("hip", Op.DECODE): "pagedgen.templates.triton.decode",
+    ("cpu", Op.DECODE): "pagedgen.templates.tvm.decode",
+}
 
 
 def family_for(spec: KernelSpec, target: Target) -> Family:
@@ -30,9 +25,10 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
     Raises:
         Unsupported: no template covers the spec on this target; says which field.
     """
-    family = families().get((target.kind, spec.op))
-    if family is None:
+    module = MODULES.get((target.kind, spec.op))
+    if module is None:
         raise Unsupported(f"op {spec.op} on target kind {target.kind}: no template")
+    family: Family = importlib.import_module(module).FAMILY
     family.check(spec, target)
     return family
 

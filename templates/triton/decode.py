@@ -66,6 +66,11 @@ class Part:
     full: bool
     dims: str  # its columns of q and out, as source text
 
+    @property
+    def mask(self) -> str:
+        """Source text of which elements of a [block_h, width] tile are real."""
+        return "row_ok[:, None]" if self.full else f"row_ok[:, None] & col{self.load}_ok[None, :]"
+
 
 def loads_of(spec: KernelSpec) -> tuple[Load, ...]:
     """Cover head_dim by power-of-two loads without reading the next power of two.
@@ -301,10 +306,6 @@ class TritonDecode(Family):
         parts = parts_of(spec)
         decode = str(schedule["fp8_decode"])
         row_scaled = is_fp8 and spec.q_dtype is DType.BF16
-        maxima = [f"tl.max(tl.abs(q_{part.name}), axis=1)" for part in parts]
-        q_max = maxima[0]
-        for other in maxima[1:]:
-            q_max = f"tl.maximum({q_max}, {other})"
         tile = schedule.int("tile")
         return {
             "spec": spec,
@@ -319,7 +320,6 @@ class TritonDecode(Family):
             "compute_type": "tl.float16" if is_fp8 else TRITON_TYPES[spec.kv_dtype],
             "out_type": TRITON_TYPES[spec.q_dtype],
             "row_scaled": row_scaled,
-            "q_max": q_max,
             "head_dim": spec.head_dim,
             "block_size": spec.block_size,
             "group_size": spec.group_size,
@@ -334,7 +334,6 @@ class TritonDecode(Family):
             "addressing": str(schedule["ids"]),
             "pages_per_tile": max(1, tile // spec.block_size),
             "prefetch_ids": bool(schedule.int("prefetch_ids")),
-            "same_rows": False,
             "seq_lanes": SEQ_LANES,
             "min_chunk": self._min_chunk(tile),
         }

@@ -1,0 +1,87 @@
+"""The feasible set is exact and the model's figures behave."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pagedgen.compiler.cost import predict
+from pagedgen.compiler.families import family_for, template_hash
+from pagedgen.compiler.space import default_schedule, feasible
+from pagedgen.values.workload import Workload
+
+SPECS = [
+    {},
+    {"block_size": 1},
+    {"block_size": 544, "head_dim": 64},
+    {"kv": "fp8_e4m3", "head_dim": 256, "heads": (16, 8)},
+    {"heads": (71, 1), "head_dim": 64},
+]
+
+
+@pytest.mark.parametrize("spec_args", SPECS)
+@pytest.mark.parametrize("target", ["h100", "a100"])
+def test_every_feasible_schedule_addresses_its_blocks_legally(request, make_spec, spec_args, target):
+    spec = make_spec(**spec_args)
+    schedules = feasible(spec, request.getfixturevalue(target))
+    assert len(schedules) == len(set(schedules)) > 10
+    for schedule in schedules:
+        tile, ids = schedule.int("tile"), schedule["ids"]
+        assert 16 * schedule.int("num_warps") <= tile
+        if ids == "scalar":
+            assert spec.block_size % tile == 0
+        elif ids == "page":
+            assert tile % spec.block_size == 0 and 1 < spec.block_size < tile
+        else:
+            assert spec.block_size % tile
+    assert default_schedule(spec, request.getfixturevalue(target)) in schedules
+
+
+def test_space_is_complete(make_spec, h100):
+    """Nothing legal is missing: the set equals the product filtered by the constraints one by one."""
+    spec = make_spec(block_size=32)
+    family = family_for(spec, h100)
+    fields = family.fields(spec, h100)
+    total = 0
+    probe = Workload.uniform(1, 1)
+    from pagedgen.values.schedule import Schedule
+
+    for values in itertools.product(*(f.values for f in fields)):
+        choices = dict(zip((f.name for f in fields), values, strict=True))
+        symbols = family.symbols(spec, h100, Schedule.of(family.name, **choices), probe)
+        holds = [
+            bool(c.holds.subs({s: symbols[str(s)] for s in c.holds.free_symbols}))
+            for c in family.constraints()
+        ]
+        total += all(holds)
+    assert total == len(feasible(spec, h100))
+
+
+def test_fp8_decode_follows_the_hardware(make_spec, h100, a100):
+    spec = make_spec(kv="fp8_e4m3")
+    assert {s["fp8_decode"] for s in feasible(spec, h100)} == {"cvt", "bits"}
+    assert {s["fp8_decode"] for s in feasible(spec, a100)} == {"bits"}
+
+
+def test_predicted_time_grows_with_bytes_and_never_beats_the_memory(make_spec, h100):
+    spec = make_spec()
+    schedule = default_schedule(spec, h100)
+    times = []
+    for seq_len in (1024, 4096, 16384):
+        workload = Workload.uniform(32, seq_len)
+        prediction = predict(spec, h100, schedule, workload)
+        times.append(prediction.time_us)
+        assert workload.kv_bytes(spec) / prediction.time_us / 1e3 < h100.bandwidth_gbs
+    assert times == sorted(times)
+
+
+def test_template_hash_follows_the_sources(make_spec, h100, tmp_path, monkeypatch):
+    family = family_for(make_spec(), h100)
+    before = template_hash(family)
+    copy = tmp_path / "decode.py.j2"
+    copy.write_text(family.source.read_text() + "\n")
+    monkeypatch.setattr(type(family), "source", copy)
+    template_hash.cache_clear()
+    assert template_hash(family) != before
+    template_hash.cache_clear()

@@ -1,0 +1,178 @@
+"""decode-h128-q32-kv8-b16-f16 for sm_90
+
+schedule: fp8_decodenone-idspage-num_stages3-num_warps4-prefetch_ids1-tile64-waves4 (triton-decode, pagedgen 0.1.0)
+
+Decode: one query token a sequence against its paged keys and values. A program takes one piece (a run of tokens)
+of one sequence and the 4 query heads that share a KV head; pieces of a long sequence leave partial results, and the
+program that finishes last merges them.
+
+    q, out       [num_seqs, 32, 128] f16
+    k, v         [num_blocks, 16, 8, 128] f16, any strides but the last (1)
+    block_table  [num_seqs, max_blocks] int32      seq_lens [num_seqs] int32
+    piece        a run of tokens of one sequence, worked on 64 tokens at a time
+    m, l, acc    running maximum (base 2), sum and weighted values of the softmax
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def paged_decode(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    counter_ptr,
+    qk_scale,
+    num_seqs,
+    partitions,
+    q_stride_seq,
+    q_stride_head,
+    out_stride_seq,
+    out_stride_head,
+    k_stride_block,
+    k_stride_token,
+    k_stride_head,
+    v_stride_block,
+    v_stride_token,
+    v_stride_head,
+    block_table_stride,
+):
+    lanes = tl.arange(0, 128)
+    total = tl.zeros([], tl.int64)  # KV tokens of the batch
+    for base in range(0, num_seqs, 128):
+        lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
+        total += tl.sum(lens.to(tl.int64), axis=0)
+    chunk = (total + partitions - 1) // partitions
+    chunk = tl.maximum((chunk.to(tl.int32) + 63) // 64 * 64, 256)
+
+    piece = tl.program_id(0)
+    seq = 0  # sequences whose pieces all come before mine
+    first_piece = 0  # the first piece of my sequence
+    num_pieces = 0  # pieces of the sequences seen so far
+    for base in range(0, num_seqs, 128):
+        lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
+        pieces_end = num_pieces + tl.cumsum((lens + chunk - 1) // chunk, axis=0)
+        before = pieces_end <= piece
+        seq += tl.sum(before.to(tl.int32), axis=0)
+        first_piece = tl.maximum(first_piece, tl.max(tl.where(before, pieces_end, 0), axis=0))
+        num_pieces = tl.max(pieces_end, axis=0)
+    if piece >= num_pieces:
+        return
+
+    seq_len = tl.load(seq_lens_ptr + seq)
+    splits = (seq_len + chunk - 1) // chunk  # pieces of my sequence
+    split = piece - first_piece
+    split_len = ((seq_len + splits - 1) // splits + 63) // 64 * 64
+    begin = split * split_len
+    end = tl.minimum(begin + split_len, seq_len)
+
+    kv_head = tl.program_id(1)
+    rows = tl.arange(0, 16)
+    row_ok = rows < 4
+    q_heads = kv_head * 4 + rows
+    col0 = tl.arange(0, 128)
+    dim_0 = col0  # columns of q and out
+
+    q_base = q_ptr + seq.to(tl.int64) * q_stride_seq + q_heads.to(tl.int64) * q_stride_head
+    q_ptrs = q_base[:, None] + dim_0[None, :]
+    q_0 = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [16, 128]
+    scale = qk_scale
+    k_block, k_token = k_stride_block, k_stride_token
+    v_block, v_token = v_stride_block, v_stride_token
+    k_base = k_ptr + kv_head.to(tl.int64) * k_stride_head
+    v_base = v_ptr + kv_head.to(tl.int64) * v_stride_head
+    table_ptr = block_table_ptr + seq.to(tl.int64) * block_table_stride
+    tokens = tl.arange(0, 64)
+    pages = tl.arange(0, 4)
+    slots = tl.arange(0, 16)
+    last_page = (seq_len - 1) // 16
+
+    m = tl.full([16], float("-inf"), tl.float32)
+    l = tl.zeros([16], tl.float32)
+    acc_0 = tl.zeros([16, 128], tl.float32)
+
+    full_end = begin + (end - begin) // 64 * 64
+    ids = tl.load(table_ptr + tl.minimum(begin // 16 + pages, last_page))  # [4]
+    for pos in tl.range(begin, full_end, 64, num_stages=3):
+        next_ids = tl.load(table_ptr + tl.minimum((pos + 64) // 16 + pages, last_page))  # [4]
+        k_rows = (ids.to(tl.int64) * k_block)[:, None] + (slots * k_token)[None, :]
+        k_rows = tl.multiple_of(tl.reshape(k_rows, [64]), 8)
+        v_rows = (ids.to(tl.int64) * v_block)[:, None] + (slots * v_token)[None, :]
+        v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
+        k_ptrs = k_base + col0[:, None] + k_rows[None, :]
+        k0 = tl.load(k_ptrs)  # [128, 64]
+        s = tl.dot(q_0, k0)  # [16, 64]
+        m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s * scale - m_new[:, None])
+        l = l * alpha + tl.sum(p, axis=1)
+        p = p.to(tl.float16)
+        m = m_new
+        v_ptrs = v_base + v_rows[:, None] + col0[None, :]
+        v0 = tl.load(v_ptrs)  # [64, 128]
+        acc_0 = tl.dot(p, v0, acc_0 * alpha[:, None])
+        ids = next_ids
+
+    if full_end < end:
+        k_rows = (ids.to(tl.int64) * k_block)[:, None] + (slots * k_token)[None, :]
+        k_rows = tl.multiple_of(tl.reshape(k_rows, [64]), 8)
+        v_rows = (ids.to(tl.int64) * v_block)[:, None] + (slots * v_token)[None, :]
+        v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
+        live = full_end + tokens < end
+        k_ptrs = k_base + col0[:, None] + k_rows[None, :]
+        k0 = tl.load(k_ptrs, mask=live[None, :], other=0)  # [128, 64]
+        s = tl.dot(q_0, k0)  # [16, 64]
+        s = tl.where(live[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s * scale - m_new[:, None])
+        l = l * alpha + tl.sum(p, axis=1)
+        p = p.to(tl.float16)
+        m = m_new
+        v_ptrs = v_base + v_rows[:, None] + col0[None, :]
+        v0 = tl.load(v_ptrs, mask=live[:, None], other=0)  # [64, 128]
+        acc_0 = tl.dot(p, v0, acc_0 * alpha[:, None])
+
+    lse = m + tl.log2(l)  # base 2
+    inv_l = 1.0 / l
+    acc_0 = acc_0 * inv_l[:, None]
+
+    if splits > 1:
+        # leave my part; the last program of this sequence to arrive merges them all
+        slots_before = tl.program_id(1).to(tl.int64) * (partitions + num_seqs)
+        part_rows = (slots_before + piece) * 4 + rows
+        part_base = partial_ptr + part_rows[:, None] * 128
+        tl.store(partial_lse_ptr + part_rows, lse, mask=row_ok)
+        tl.store(part_base + dim_0[None, :], acc_0, mask=row_ok[:, None])
+        counter = counter_ptr + tl.program_id(1) * num_seqs + seq
+        tl.debug_barrier()  # every thread's stores come before the release below
+        if tl.atomic_add(counter, 1, sem="acq_rel") < splits - 1:
+            return
+        tl.store(counter, 0)  # ready for the next call
+        m = tl.full([16], float("-inf"), tl.float32)
+        l = tl.zeros([16], tl.float32)
+        acc_0 = tl.zeros([16, 128], tl.float32)
+        for other in tl.range(first_piece, first_piece + splits, loop_unroll_factor=4):
+            part_rows = (slots_before + other) * 4 + rows
+            part_lse = tl.load(partial_lse_ptr + part_rows, mask=row_ok, other=0.0, cache_modifier=".cg")
+            m_new = tl.maximum(m, part_lse)
+            alpha = tl.exp2(m - m_new)
+            weight = tl.exp2(part_lse - m_new)
+            l = l * alpha + weight
+            m = m_new
+            part_base = partial_ptr + part_rows[:, None] * 128
+            part = part_base + dim_0[None, :]
+            part = tl.load(part, mask=row_ok[:, None], other=0.0, cache_modifier=".cg")
+            acc_0 = acc_0 * alpha[:, None] + weight[:, None] * part
+        lse = m + tl.log2(l)
+        acc_0 = acc_0 / l[:, None]
+
+    out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + q_heads.to(tl.int64) * out_stride_head
+    out_0 = acc_0.to(tl.float16)
+    tl.store(out_base[:, None] + dim_0[None, :], out_0, mask=row_ok[:, None])

@@ -1,0 +1,135 @@
+"""The rendered Triton source: pinned for three specs, specialised, and compiled for named architectures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pagedgen.compiler.render import render
+from pagedgen.compiler.space import default_schedule
+from pagedgen.compiler.triton import alignment_of, compile_triton, signature_of
+from pagedgen.errors import Unsupported
+from pagedgen.templates.triton.decode import kv_align, loads_of, parts_of
+from pagedgen.values.schedule import Schedule
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def schedule(**choices) -> Schedule:
+    base = {
+        "tile": 64,
+        "num_warps": 4,
+        "num_stages": 3,
+        "waves": 4,
+        "ids": "page",
+        "prefetch_ids": 1,
+        "fp8_decode": "none",
+    }
+    return Schedule.of("triton-decode", **(base | choices))
+
+
+GOLDENS = {
+    "triton-llama-3-8b-f16": ({}, "h100", {}),
+    "triton-mqa-h80-bf16-e4m3-lse": (
+        {"head_dim": 80, "heads": (71, 1), "q": "bf16", "kv": "fp8_e4m3", "scale": "head", "lse": True},
+        "a100",
+        {"fp8_decode": "bits", "prefetch_ids": 0},
+    ),
+    "triton-token-slots-bf16": ({"q": "bf16", "block_size": 1}, "h100", {"ids": "gather", "tile": 128}),
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_rendered_source_is_pinned(name, request, make_spec):
+    """Regenerate with PAGEDGEN_UPDATE_GOLDEN=1 and read the difference before committing it."""
+    spec_args, target, choices = GOLDENS[name]
+    text = render(make_spec(**spec_args), request.getfixturevalue(target), schedule(**choices)).text
+    path = GOLDEN / f"{name}.py"
+    if os.environ.get("PAGEDGEN_UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_source_has_no_unused_names_and_no_blank_runs(name):
+    """What a template renders holds no dead weight: every argument is used, and layout is even."""
+    text = (GOLDEN / f"{name}.py").read_text(encoding="utf-8")
+    assert "\n\n\n\n" not in text
+    assert not any(line != line.rstrip() for line in text.splitlines())
+    compile(text, name, "exec")
+    body = text.split("block_table_stride,\n):", 1)
+    for line in body[0].splitlines():
+        argument = line.strip().rstrip(",")
+        if argument.endswith(("_ptr", "_scale", "_seqs", "partitions")) or "_stride" in argument:
+            assert argument in body[1], f"{argument} is never used"
+
+
+@pytest.mark.parametrize("head_dim", range(32, 257, 8))
+@pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
+def test_loads_cover_head_dim_without_the_next_power_of_two(make_spec, head_dim, kv):
+    spec = make_spec(head_dim=head_dim, kv=kv)
+    loads = loads_of(spec)
+    columns = head_dim // 2 if spec.kv_dtype.is_fp8 else head_dim
+    assert sum(load.valid for load in loads) == columns
+    assert [load.base for load in loads] == [0, *(loads[0].valid for _ in loads[1:])]
+    assert all(load.width >= 16 and load.width & (load.width - 1) == 0 for load in loads)
+    assert len({part.name for part in parts_of(spec)}) == len(parts_of(spec))
+    if head_dim in (80, 96):
+        assert sum(load.width for load in loads) < 1 << (columns - 1).bit_length()
+
+
+@pytest.mark.parametrize(
+    ("arch", "spec_args", "choices"),
+    [
+        ("a100", {}, {}),
+        ("a100", {"q": "bf16", "kv": "fp8_e4m3"}, {"fp8_decode": "bits"}),
+        ("a100", {"kv": "fp8_e5m2"}, {"fp8_decode": "bits"}),
+        ("h100", {"q": "bf16", "kv": "fp8_e4m3", "lse": True}, {"fp8_decode": "cvt"}),
+        ("h100", {"head_dim": 96, "heads": (32, 32), "block_size": 544}, {"ids": "gather"}),
+        ("h100", {"head_dim": 256, "heads": (16, 8), "block_size": 64, "q": "bf16"}, {"ids": "scalar"}),
+    ],
+)
+def test_compiles_for_a_named_arch_with_no_gpu(request, make_spec, arch, spec_args, choices):
+    binary = compile_triton(
+        render(make_spec(**spec_args), request.getfixturevalue(arch), schedule(**choices))
+    )
+    assert binary.symbol == "paged_decode"
+    assert binary.num_warps == 4
+    assert 0 < binary.resources.registers <= 255
+    assert binary.resources.smem_bytes > 0
+    assert binary.file("kernel.cubin")[:4] == b"\x7fELF"
+    arch_name = request.getfixturevalue(arch).arch
+    assert f".target {arch_name}" in binary.file("kernel.ptx").decode()
+    # 16-byte asynchronous copies: without them the alignment promises were lost on the way
+    assert "cp.async.cg.shared.global" in binary.file("kernel.ptx").decode()
+
+
+def test_default_schedule_is_legal_and_prefers_the_declared_defaults(make_spec, h100):
+    spec = make_spec()
+    chosen = default_schedule(spec, h100)
+    assert (chosen["tile"], chosen["num_warps"], chosen["ids"]) == (64, 4, "page")
+
+
+def test_signature_covers_every_argument(make_spec):
+    spec = make_spec(kv="fp8_e4m3")
+    types = signature_of(
+        spec, ["q_ptr", "k_ptr", "k_scale_ptr", "k_stride_block", "k_stride_head", "qk_scale"]
+    )
+    assert list(types.values()) == ["*fp16", "*u8", "*fp32", "i32", "i64", "fp32"]
+
+
+def test_alignment_is_what_head_dim_allows(make_spec):
+    assert kv_align(make_spec(head_dim=40, kv="fp8_e4m3")) == 8
+    assert kv_align(make_spec(head_dim=40)) == 16
+    assert alignment_of(make_spec(), "k_stride_token") == 8
+    assert alignment_of(make_spec(), "num_seqs") == 1
+
+
+@pytest.mark.parametrize(
+    ("spec_args", "word"), [({"q": "f32"}, "q_dtype"), ({"k_inner": "token"}, "k_inner")]
+)
+def test_refuses_what_it_cannot_do(make_spec, h100, spec_args, word):
+    with pytest.raises(Unsupported, match=word):
+        render(make_spec(**spec_args), h100, schedule())
