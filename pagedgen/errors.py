@@ -116,8 +116,87 @@ class ArgumentError(PagedgenError, ValueError):
     """A tensor or scalar passed to a kernel is not what its contract says; raised before any launch."""
 
 
+class LaunchError(PagedgenError, RuntimeError):
+    """The driver refused to load or launch a kernel whose arguments were right: its name for the error."""
+
+
 class SpecNotInPack(PackError, KeyError):
     """The pack holds no kernel for the wanted spec."""
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class InvalidPool(InvalidValue):
+    """A size of the KV pool, of its tables or of a manager's options is not allowed."""
+
+
+class InvalidTokens(InvalidValue):
+    """Token ids are not integers in range, or not one (or the stated number) a sequence."""
+
+
+class InvalidSalt(InvalidValue):
+    """A cache salt or extra key is of the wrong type."""
+
+
+class InvalidLength(InvalidValue):
+    """A sequence cannot be cut to this length."""
+
+
+class InvalidPriority(InvalidValue):
+    """No such eviction priority."""
+
+
+class OutOfBlocks(PagedgenError):
+    """The pool has too few free blocks; nothing was changed, so the caller may preempt and try again.
+
+    Attributes: ``needed`` and ``free``, in blocks.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(f"{needed} blocks are needed, {free} are free")
+        self.needed, self.free = needed, free
+
+
+class OutOfHostBlocks(OutOfBlocks):
+    """The host pool that sequences are swapped to has too few free blocks; nothing was changed."""
+
+
+class TooManySequences(PagedgenError):
+    """Every row of the block table is taken; nothing was changed."""
+
+
+class SequenceError(PagedgenError, LookupError):
+    """Base of calls on a sequence that cannot be made in its state; ``seq`` is its handle."""
+
+    def __init__(self, seq: object, problem: str) -> None:
+        super().__init__(f"sequence {seq!r} {problem}")
+        self.seq = seq
+
+
+class UnknownSequence(SequenceError):
+    """The manager never gave out this handle."""
+
+
+class SequenceFreed(SequenceError):
+    """The sequence was freed before this call."""
+
+
+class FreedTwice(SequenceFreed):
+    """``free`` of a sequence that was freed before."""
+
+
+class SequenceSwapped(SequenceError):
+    """The sequence is in host memory: swap it in before this call."""
+
+
+class SequenceNotSwapped(SequenceError):
+    """The sequence is not in host memory."""
+
+
+class SequenceTwice(SequenceError):
+    """One call names the sequence twice."""
+
+
+class SequenceTooLong(SequenceError):
+    """The sequence would pass ``max_seq_len``; nothing was changed."""

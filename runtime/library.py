@@ -1,0 +1,83 @@
+"""``Library``: one host library of a spec, loaded: the ABI of docs/architecture.md as Python calls.
+
+Violations of the call contract arrive as :class:`pagedgen.errors.ArgumentError`, raised in the library before any
+launch; a driver that refuses a kernel as :class:`pagedgen.errors.LaunchError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import tvm_ffi
+
+from pagedgen import errors
+
+# Error kinds that launchers raise (templates/launcher), as the exceptions they stand for.
+for _error in (errors.ArgumentError, errors.LaunchError, errors.DeviceMissing, errors.PackForeign):
+    tvm_ffi.register_error(f"pagedgen.{_error.__name__}", _error)
+
+Decode = Callable[
+    [
+        torch.Tensor,  # q
+        torch.Tensor,  # k
+        torch.Tensor,  # v
+        torch.Tensor,  # block_table
+        torch.Tensor,  # seq_lens
+        torch.Tensor,  # out
+        torch.Tensor | None,  # lse
+        float,  # softmax_scale
+        torch.Tensor | None,  # k_scale
+        torch.Tensor | None,  # v_scale
+        torch.Tensor,  # workspace
+        int,  # max_seq_len
+        int,  # variant
+    ],
+    None,
+]
+
+
+class Library:
+    """A loaded library.
+
+    ``decode(q, k, v, block_table, seq_lens, out, lse, softmax_scale, k_scale, v_scale, workspace, max_seq_len,
+    variant)`` is the library's own function, with nothing in between.
+
+    Raises:
+        PackForeign: the system cannot load the file (other processor, missing libtvm_ffi).
+        PackDamaged: it loads but is no library of ours.
+    """
+
+    __slots__ = ("_prepare", "_workspace_bytes", "decode", "path")
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            module = tvm_ffi.load_module(str(self.path))
+        except Exception as error:  # tvm_ffi raises plain RuntimeErrors with the dynamic loader's text
+            raise errors.PackForeign(f"{self.path} does not load here: {error}") from error
+        try:
+            self.decode: Decode = module.get_function("decode")
+            self._workspace_bytes: Callable[[int], int] = module.get_function("workspace_bytes")
+        except AttributeError as error:
+            raise errors.PackDamaged(f"{self.path}: {error}") from error
+        try:
+            self._prepare: Callable[[int, int], None] | None = module.get_function("prepare")
+        except AttributeError:
+            self._prepare = None  # a CPU library has nothing to load
+
+    def workspace_bytes(self, num_seqs: int) -> int:
+        """Bytes of workspace that serve every variant for up to ``num_seqs`` sequences.
+
+        One workspace serves one library, one call at a time; zero it once when it is made.
+        """
+        return self._workspace_bytes(num_seqs)
+
+    def prepare(self, device: int = 0, variant: int = -1) -> None:
+        """Load a variant's kernel onto a GPU, or with -1 all that the dispatch table can pick.
+
+        The first call does it too; do it before measuring a first call or capturing a CUDA graph.
+        """
+        if self._prepare is not None:
+            self._prepare(device, variant)
