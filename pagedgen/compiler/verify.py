@@ -225,15 +225,17 @@ class Case:
     all_codes: bool = False
 
 
-def cases_of(spec: KernelSpec, seed: int, *, quick: bool = False) -> tuple[Case, ...]:
+def cases_of(spec: KernelSpec, seed: int) -> tuple[Case, ...]:
     """The gate's batches: edges of a block, odd lengths, long splits, padding rows, many sequences."""
     draw = random.Random(seed)
     block = spec.block_size
     edges = (1, max(1, block - 1), block, block + 1, 2 * block + 3, 0, 77, 333)
-    cases = [Case(edges, "nhd"), Case((4097, 1, 0, 515 + draw.randrange(200)), "hnd")]
-    if not quick:
-        cases.append(Case((1031,), "packed"))
-        cases.append(Case(tuple(draw.randrange(0, 70) for _ in range(133)), "nhd"))
+    cases = [
+        Case(edges, "nhd"),
+        Case((4097, 1, 0, 515 + draw.randrange(200)), "hnd"),
+        Case((1031,), "packed"),
+        Case(tuple(draw.randrange(0, 70) for _ in range(133)), "nhd"),
+    ]
     if spec.kv_dtype.is_fp8:
         cases.append(Case((1, 300, 129), "hnd", all_codes=True))
     return tuple(cases)
@@ -292,15 +294,15 @@ def gate(
     device: torch.device | str,
     seed: int,
     *,
-    quick: bool = False,
+    cases: Sequence[Case] | None = None,
     wrap: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
 ) -> Verdict:
-    """Try one variant on every case, twice each on one workspace.
+    """Try one variant on every case (:func:`cases_of` unless given), twice each on one workspace.
 
     ``wrap`` may turn a call into another way of making it (CUDA-graph capture and replay).
     """
     device = torch.device(device)
-    cases = cases_of(spec, seed, quick=quick)
+    cases = cases_of(spec, seed) if cases is None else cases
     most = max(len(case.seq_lens) for case in cases)
     size = callee.workspace_bytes(most)
     workspace = torch.zeros(size, dtype=torch.uint8, device=device)

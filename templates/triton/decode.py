@@ -13,7 +13,6 @@ from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
 TRITON_TYPES = {DType.F16: "tl.float16", DType.BF16: "tl.bfloat16", DType.F32: "tl.float32"}
-SEQ_LANES = 128  # sequences whose lengths are scanned at a time
 
 
 def cdiv(a: int, b: int) -> int:
@@ -110,7 +109,7 @@ class TritonDecode(Family):
     name = "triton-decode"
     kind = "cuda"
     source = TEMPLATES / "triton" / "decode.py.j2"
-    shared = tuple(TEMPLATES / "triton" / n for n in ("worklist.j2", "pages.j2", "fp8.j2"))
+    shared = tuple(TEMPLATES / "triton" / n for n in ("worklist.j2", "pages.j2", "fp8.j2", "merge.j2"))
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -137,6 +136,7 @@ class TritonDecode(Family):
             Field("waves", (1, 2, 3, 4, 6, 8), 4, "pieces aimed at for each SM"),
             Field("ids", ("gather", "page", "scalar"), self._ids(spec, 64), "how block ids are loaded"),
             Field("prefetch_ids", (0, 1), 1, "load block ids one tile ahead of K and V"),
+            Field("seq_lanes", (32, 128, 1024), 128, "sequences whose lengths are scanned at a time"),
             Field("fp8_decode", decodes, decodes[0], "how FP8 becomes float16"),
         )
 
@@ -287,7 +287,11 @@ class TritonDecode(Family):
             "mma_flops": 4.0 * rows * width * tiles * tile,
             "slots_per_tile": slots,
             "clock_mhz": 1700,
-            "piece_us": 1.5,
+            # finding a piece scans seq_lens twice, at a memory latency (0.7 us) for every seq_lanes of them
+            "piece_us": 0.8
+            + 1.4
+            * cdiv(workload.num_seqs, schedule.int("seq_lanes"))
+            * (1.0 if schedule.int("seq_lanes") > 32 else 0.7),
             "launch_us": 2.5,
         }
 
@@ -307,6 +311,10 @@ class TritonDecode(Family):
         decode = str(schedule["fp8_decode"])
         row_scaled = is_fp8 and spec.q_dtype is DType.BF16
         tile = schedule.int("tile")
+        rows = min(block_h(spec), spec.group_size)
+        merge_rows, merge_dims = next_power_of_two(rows), next_power_of_two(spec.head_dim)
+        # 32 values a thread are in flight while merging: more pieces at once where the group is small
+        at_once = 32 * 32 * schedule.int("num_warps") // (merge_rows * merge_dims)
         return {
             "spec": spec,
             "target": target,
@@ -325,7 +333,11 @@ class TritonDecode(Family):
             "group_size": spec.group_size,
             "block_h": block_h(spec),
             "head_blocks": head_blocks(spec),
-            "rows": min(block_h(spec), spec.group_size),
+            "rows": rows,
+            "merge_rows": merge_rows,
+            "merge_dims": merge_dims,
+            "merge_pieces_at_once": min(16, max(1, at_once)),
+            "merge_lse_pieces": 32,
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
             "loads": loads_of(spec),
             "parts": parts,
@@ -334,7 +346,7 @@ class TritonDecode(Family):
             "addressing": str(schedule["ids"]),
             "pages_per_tile": max(1, tile // spec.block_size),
             "prefetch_ids": bool(schedule.int("prefetch_ids")),
-            "seq_lanes": SEQ_LANES,
+            "seq_lanes": schedule.int("seq_lanes"),
             "min_chunk": self._min_chunk(tile),
         }
 

@@ -1,6 +1,6 @@
 """decode-h80-q71-kv1-b16-bf16-kvf8e4m3-headscale-lse for sm_80
 
-schedule: fp8_decodebits-idspage-num_stages3-num_warps4-prefetch_ids0-tile64-waves4 (triton-decode, pagedgen 0.1.0)
+schedule: fp8_decodebits-idspage-num_stages3-num_warps4-prefetch_ids0-seq_lanes128-tile64-waves4 (triton-decode, pagedgen 0.1.0)
 
 Decode: one query token a sequence against its paged keys and values. A program takes one piece (a run of tokens)
 of one sequence and the 64 query heads that share a KV head; pieces of a long sequence leave partial results, and the
@@ -227,61 +227,68 @@ def paged_decode(
     acc_1_even = acc_1_even * inv_l[:, None]
     acc_1_odd = acc_1_odd * inv_l[:, None]
 
-    if splits > 1:
-        # leave my part; the last program of this sequence to arrive merges them all
-        slots_before = tl.program_id(1).to(tl.int64) * (partitions + num_seqs)
-        part_rows = (slots_before + piece) * 64 + rows
-        part_base = partial_ptr + part_rows[:, None] * 80
-        tl.store(partial_lse_ptr + part_rows, lse, mask=row_ok)
-        tl.store(part_base + dim_0_even[None, :], acc_0_even, mask=row_ok[:, None])
-        tl.store(part_base + dim_0_odd[None, :], acc_0_odd, mask=row_ok[:, None])
-        tl.store(part_base + dim_1_even[None, :], acc_1_even, mask=row_ok[:, None] & col1_ok[None, :])
-        tl.store(part_base + dim_1_odd[None, :], acc_1_odd, mask=row_ok[:, None] & col1_ok[None, :])
-        counter = counter_ptr + tl.program_id(1) * num_seqs + seq
-        tl.debug_barrier()  # every thread's stores come before the release below
-        if tl.atomic_add(counter, 1, sem="acq_rel") < splits - 1:
-            return
-        tl.store(counter, 0)  # ready for the next call
-        m = tl.full([64], float("-inf"), tl.float32)
-        l = tl.zeros([64], tl.float32)
-        acc_0_even = tl.zeros([64, 32], tl.float32)
-        acc_0_odd = tl.zeros([64, 32], tl.float32)
-        acc_1_even = tl.zeros([64, 16], tl.float32)
-        acc_1_odd = tl.zeros([64, 16], tl.float32)
-        for other in tl.range(first_piece, first_piece + splits, loop_unroll_factor=4):
-            part_rows = (slots_before + other) * 64 + rows
-            part_lse = tl.load(partial_lse_ptr + part_rows, mask=row_ok, other=0.0, cache_modifier=".cg")
-            m_new = tl.maximum(m, part_lse)
-            alpha = tl.exp2(m - m_new)
-            weight = tl.exp2(part_lse - m_new)
-            l = l * alpha + weight
-            m = m_new
-            part_base = partial_ptr + part_rows[:, None] * 80
-            part = part_base + dim_0_even[None, :]
-            part = tl.load(part, mask=row_ok[:, None], other=0.0, cache_modifier=".cg")
-            acc_0_even = acc_0_even * alpha[:, None] + weight[:, None] * part
-            part = part_base + dim_0_odd[None, :]
-            part = tl.load(part, mask=row_ok[:, None], other=0.0, cache_modifier=".cg")
-            acc_0_odd = acc_0_odd * alpha[:, None] + weight[:, None] * part
-            part = part_base + dim_1_even[None, :]
-            part = tl.load(part, mask=row_ok[:, None] & col1_ok[None, :], other=0.0, cache_modifier=".cg")
-            acc_1_even = acc_1_even * alpha[:, None] + weight[:, None] * part
-            part = part_base + dim_1_odd[None, :]
-            part = tl.load(part, mask=row_ok[:, None] & col1_ok[None, :], other=0.0, cache_modifier=".cg")
-            acc_1_odd = acc_1_odd * alpha[:, None] + weight[:, None] * part
-        lse = m + tl.log2(l)
-        acc_0_even = acc_0_even / l[:, None]
-        acc_0_odd = acc_0_odd / l[:, None]
-        acc_1_even = acc_1_even / l[:, None]
-        acc_1_odd = acc_1_odd / l[:, None]
+    heads_base = kv_head * 71 + group_row
+    out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + heads_base.to(tl.int64) * out_stride_head
+    lse_base = lse_ptr + seq.to(tl.int64) * 71 + heads_base
+    if splits == 1:
+        row_out = out_base + rows.to(tl.int64) * out_stride_head
+        out_0_even = acc_0_even.to(tl.bfloat16)
+        tl.store(row_out[:, None] + dim_0_even[None, :], out_0_even, mask=row_ok[:, None])
+        out_0_odd = acc_0_odd.to(tl.bfloat16)
+        tl.store(row_out[:, None] + dim_0_odd[None, :], out_0_odd, mask=row_ok[:, None])
+        out_1_even = acc_1_even.to(tl.bfloat16)
+        tl.store(row_out[:, None] + dim_1_even[None, :], out_1_even, mask=row_ok[:, None] & col1_ok[None, :])
+        out_1_odd = acc_1_odd.to(tl.bfloat16)
+        tl.store(row_out[:, None] + dim_1_odd[None, :], out_1_odd, mask=row_ok[:, None] & col1_ok[None, :])
+        tl.store(lse_base + rows, lse * 0.6931471805599453, mask=row_ok)
+        return
 
-    out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + q_heads.to(tl.int64) * out_stride_head
-    out_0_even = acc_0_even.to(tl.bfloat16)
-    tl.store(out_base[:, None] + dim_0_even[None, :], out_0_even, mask=row_ok[:, None])
-    out_0_odd = acc_0_odd.to(tl.bfloat16)
-    tl.store(out_base[:, None] + dim_0_odd[None, :], out_0_odd, mask=row_ok[:, None])
-    out_1_even = acc_1_even.to(tl.bfloat16)
-    tl.store(out_base[:, None] + dim_1_even[None, :], out_1_even, mask=row_ok[:, None] & col1_ok[None, :])
-    out_1_odd = acc_1_odd.to(tl.bfloat16)
-    tl.store(out_base[:, None] + dim_1_odd[None, :], out_1_odd, mask=row_ok[:, None] & col1_ok[None, :])
-    tl.store(lse_ptr + seq.to(tl.int64) * 71 + q_heads, lse * 0.6931471805599453, mask=row_ok)
+    # leave my part; the last program of this sequence to arrive merges them all
+    first_slot = tl.program_id(1).to(tl.int64) * (partitions + num_seqs) + first_piece
+    my_lse_ptr = partial_lse_ptr + first_slot * 64
+    my_part_ptr = partial_ptr + first_slot * 5120
+    part_rows = split * 64 + rows
+    tl.store(my_lse_ptr + part_rows, lse, mask=row_ok)
+    part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_0_even[None, :]
+    tl.store(part_ptrs, acc_0_even, mask=row_ok[:, None])
+    part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_0_odd[None, :]
+    tl.store(part_ptrs, acc_0_odd, mask=row_ok[:, None])
+    part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_1_even[None, :]
+    tl.store(part_ptrs, acc_1_even, mask=row_ok[:, None] & col1_ok[None, :])
+    part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_1_odd[None, :]
+    tl.store(part_ptrs, acc_1_odd, mask=row_ok[:, None] & col1_ok[None, :])
+    counter = counter_ptr + tl.program_id(1) * num_seqs + seq
+    tl.debug_barrier()  # every thread's stores come before the release below
+    if tl.atomic_add(counter, 1, sem="acq_rel") < splits - 1:
+        return
+    tl.store(counter, 0)  # ready for the next call
+    row = tl.arange(0, 64)
+    dim = tl.arange(0, 128)
+    lse_piece = tl.arange(0, 32)
+    merge_piece = tl.arange(0, 1)
+    m = tl.full([64], -1e30, tl.float32)
+    l = tl.zeros([64], tl.float32)
+    for base in range(0, splits, 32):
+        lse_ptrs = my_lse_ptr + (base + lse_piece)[:, None] * 64 + row[None, :]
+        ok = (base + lse_piece < splits)[:, None]
+        part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        m_new = tl.maximum(m, tl.max(part_lse, axis=0))
+        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(part_lse - m_new[None, :]), axis=0)
+        m = m_new
+    lse = m + tl.log2(l)  # [64]
+    merged = tl.zeros([64, 128], tl.float32)
+    for base in tl.range(0, splits, 1, loop_unroll_factor=2):
+        others = base + merge_piece
+        ok = (others < splits)[:, None]
+        lse_ptrs = my_lse_ptr + others[:, None] * 64 + row[None, :]
+        part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(part_lse - lse[None, :])  # [1, 64]
+        pieces_ptrs = my_part_ptr + (others[:, None] * 64 + row[None, :])[:, :, None] * 80 + dim[None, None, :]
+        piece_ok = ok[:, :, None] & (dim < 80)[None, None, :]
+        part = tl.load(pieces_ptrs, mask=piece_ok, other=0.0, cache_modifier=".cg")
+        merged += tl.sum(part * weight[:, :, None], axis=0)
+    live_row = group_row + row < 71
+    ok = live_row[:, None] & (dim < 80)[None, :]
+    merged_ptrs = out_base + row.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
+    tl.store(merged_ptrs, merged.to(tl.bfloat16), mask=ok)
+    tl.store(lse_base + row, lse * 0.6931471805599453, mask=live_row)

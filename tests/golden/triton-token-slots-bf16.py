@@ -1,6 +1,6 @@
 """decode-h128-q32-kv8-b1-bf16 for sm_90
 
-schedule: fp8_decodenone-idsgather-num_stages3-num_warps4-prefetch_ids1-tile128-waves4 (triton-decode, pagedgen 0.1.0)
+schedule: fp8_decodenone-idsgather-num_stages3-num_warps4-prefetch_ids1-seq_lanes128-tile128-waves4 (triton-decode, pagedgen 0.1.0)
 
 Decode: one query token a sequence against its paged keys and values. A program takes one piece (a run of tokens)
 of one sequence and the 4 query heads that share a KV head; pieces of a long sequence leave partial results, and the
@@ -136,36 +136,51 @@ def paged_decode(
     inv_l = 1.0 / l
     acc_0 = acc_0 * inv_l[:, None]
 
-    if splits > 1:
-        # leave my part; the last program of this sequence to arrive merges them all
-        slots_before = tl.program_id(1).to(tl.int64) * (partitions + num_seqs)
-        part_rows = (slots_before + piece) * 4 + rows
-        part_base = partial_ptr + part_rows[:, None] * 128
-        tl.store(partial_lse_ptr + part_rows, lse, mask=row_ok)
-        tl.store(part_base + dim_0[None, :], acc_0, mask=row_ok[:, None])
-        counter = counter_ptr + tl.program_id(1) * num_seqs + seq
-        tl.debug_barrier()  # every thread's stores come before the release below
-        if tl.atomic_add(counter, 1, sem="acq_rel") < splits - 1:
-            return
-        tl.store(counter, 0)  # ready for the next call
-        m = tl.full([16], float("-inf"), tl.float32)
-        l = tl.zeros([16], tl.float32)
-        acc_0 = tl.zeros([16, 128], tl.float32)
-        for other in tl.range(first_piece, first_piece + splits, loop_unroll_factor=4):
-            part_rows = (slots_before + other) * 4 + rows
-            part_lse = tl.load(partial_lse_ptr + part_rows, mask=row_ok, other=0.0, cache_modifier=".cg")
-            m_new = tl.maximum(m, part_lse)
-            alpha = tl.exp2(m - m_new)
-            weight = tl.exp2(part_lse - m_new)
-            l = l * alpha + weight
-            m = m_new
-            part_base = partial_ptr + part_rows[:, None] * 128
-            part = part_base + dim_0[None, :]
-            part = tl.load(part, mask=row_ok[:, None], other=0.0, cache_modifier=".cg")
-            acc_0 = acc_0 * alpha[:, None] + weight[:, None] * part
-        lse = m + tl.log2(l)
-        acc_0 = acc_0 / l[:, None]
+    heads_base = kv_head * 4
+    out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + heads_base.to(tl.int64) * out_stride_head
+    if splits == 1:
+        row_out = out_base + rows.to(tl.int64) * out_stride_head
+        out_0 = acc_0.to(tl.bfloat16)
+        tl.store(row_out[:, None] + dim_0[None, :], out_0, mask=row_ok[:, None])
+        return
 
-    out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + q_heads.to(tl.int64) * out_stride_head
-    out_0 = acc_0.to(tl.bfloat16)
-    tl.store(out_base[:, None] + dim_0[None, :], out_0, mask=row_ok[:, None])
+    # leave my part; the last program of this sequence to arrive merges them all
+    first_slot = tl.program_id(1).to(tl.int64) * (partitions + num_seqs) + first_piece
+    my_lse_ptr = partial_lse_ptr + first_slot * 4
+    my_part_ptr = partial_ptr + first_slot * 512
+    part_rows = split * 4 + rows
+    tl.store(my_lse_ptr + part_rows, lse, mask=row_ok)
+    part_ptrs = my_part_ptr + part_rows[:, None] * 128 + dim_0[None, :]
+    tl.store(part_ptrs, acc_0, mask=row_ok[:, None])
+    counter = counter_ptr + tl.program_id(1) * num_seqs + seq
+    tl.debug_barrier()  # every thread's stores come before the release below
+    if tl.atomic_add(counter, 1, sem="acq_rel") < splits - 1:
+        return
+    tl.store(counter, 0)  # ready for the next call
+    row = tl.arange(0, 4)
+    dim = tl.arange(0, 128)
+    lse_piece = tl.arange(0, 32)
+    merge_piece = tl.arange(0, 8)
+    m = tl.full([4], -1e30, tl.float32)
+    l = tl.zeros([4], tl.float32)
+    for base in range(0, splits, 32):
+        lse_ptrs = my_lse_ptr + (base + lse_piece)[:, None] * 4 + row[None, :]
+        ok = (base + lse_piece < splits)[:, None]
+        part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        m_new = tl.maximum(m, tl.max(part_lse, axis=0))
+        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(part_lse - m_new[None, :]), axis=0)
+        m = m_new
+    lse = m + tl.log2(l)  # [4]
+    merged = tl.zeros([4, 128], tl.float32)
+    for base in tl.range(0, splits, 8, loop_unroll_factor=2):
+        others = base + merge_piece
+        ok = (others < splits)[:, None]
+        lse_ptrs = my_lse_ptr + others[:, None] * 4 + row[None, :]
+        part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(part_lse - lse[None, :])  # [8, 4]
+        pieces_ptrs = my_part_ptr + (others[:, None] * 4 + row[None, :])[:, :, None] * 128 + dim[None, None, :]
+        piece_ok = ok[:, :, None]
+        part = tl.load(pieces_ptrs, mask=piece_ok, other=0.0, cache_modifier=".cg")
+        merged += tl.sum(part * weight[:, :, None], axis=0)
+    merged_ptrs = out_base + row.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
+    tl.store(merged_ptrs, merged.to(tl.bfloat16))

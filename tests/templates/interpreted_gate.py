@@ -14,7 +14,7 @@ import torch
 
 from pagedgen.compiler.render import render
 from pagedgen.compiler.triton import load_source
-from pagedgen.compiler.verify import gate
+from pagedgen.compiler.verify import Case, gate
 from pagedgen.templates.triton.decode import block_h, head_blocks
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.target import Target
@@ -68,12 +68,32 @@ def main() -> int:
     conftest = importlib.util.module_from_spec(loaded)
     loaded.loader.exec_module(conftest)
     spec_args, choices = ast.literal_eval(sys.argv[1])
-    base = {"tile": 64, "num_warps": 4, "num_stages": 3, "waves": 4, "ids": "page", "prefetch_ids": 1}
+    base = {
+        "tile": 64,
+        "num_warps": 4,
+        "num_stages": 3,
+        "waves": 4,
+        "ids": "page",
+        "prefetch_ids": 1,
+        "seq_lanes": 128,
+    }
     schedule = Schedule.of("triton-decode", **(base | {"fp8_decode": "none"} | choices))
     spec = conftest.make_spec(**spec_args)
+    block = spec.block_size
+    # An interpreted operation costs about 50 us, so these are the gate's cases in small.
+    cases = [
+        Case((1, max(1, block - 1), block, block + 1, 0, 77), "nhd"),
+        Case((900, 0, 131), "hnd", all_codes=spec.kv_dtype.is_fp8),
+        Case((517,), "packed"),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         verdict = gate(
-            Interpreted(spec, schedule, Path(folder)), spec, 0, "cpu", int(time.time()), quick=True
+            Interpreted(spec, schedule, Path(folder)),
+            spec,
+            0,
+            "cpu",
+            int(time.time()),
+            cases=cases,
         )
     print(spec.name, verdict)
     return 0 if verdict.passed else 1

@@ -25,6 +25,7 @@ def schedule(**choices) -> Schedule:
         "waves": 4,
         "ids": "page",
         "prefetch_ids": 1,
+        "seq_lanes": 128,
         "fp8_decode": "none",
     }
     return Schedule.of("triton-decode", **(base | choices))
