@@ -1,0 +1,390 @@
+"""``tvm-decode``: paged decode on CPUs, TIR for TVM's LLVM backend.
+
+The kernel is a plain C function over the tiles of one (sequence, KV head); the launcher owns threads, the
+split of the batch and the merge. The method is online softmax (Milakov and Gimelshein, 2018) with split-KV
+merging (Flash-Decoding, 2023); what is particular to CPUs is said in the template and at the fields below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pagedgen.errors import Unsupported
+from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import DType, KernelSpec, KInner
+from pagedgen.values.target import Target
+from pagedgen.values.workload import Workload
+
+if TYPE_CHECKING:
+    import sympy
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """An instruction-set level: vector registers and what they can do."""
+
+    bits: int  # of a vector register
+    registers: int
+    bf16_dot: bool = False  # vdpbf16ps, and byte-table lookups for fp8
+
+
+LEVELS = {
+    "x86_64-avx512bf16": Level(512, 32, bf16_dot=True),
+    "x86_64-avx512": Level(512, 32),
+    "x86_64-avx2": Level(256, 16),
+    "aarch64-neon": Level(128, 32),
+}
+STORAGE = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "uint16"}
+LINE_BYTES = 64
+PREFETCH_LEVELS = {"l1": 3, "l2": 2}
+NOMINAL_GBS = 12.0  # a core's share of memory bandwidth where none is published; predictions only
+NOMINAL_GHZ = 3.0
+
+
+def divisors(n: int, at_most: int) -> tuple[int, ...]:
+    """The divisors of ``n`` up to ``at_most``, ascending."""
+    return tuple(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
+
+
+def powers(low: int, high: int) -> tuple[int, ...]:
+    """The powers of two from ``low`` to ``high``, both included."""
+    return tuple(1 << e for e in range(low.bit_length() - 1, high.bit_length()))
+
+
+def token_inner(spec: KernelSpec) -> bool:
+    """Whether K is read along tokens; at block_size 1 both layouts are the same memory."""
+    return spec.k_inner is KInner.TOKEN and spec.block_size > 1
+
+
+def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
+    """Whether bf16 dot products compute this spec: q is bf16 (a wider q would lose bits) and vectors fill up."""
+    if not LEVELS[target.arch].bf16_dot or spec.q_dtype is not DType.BF16:
+        return False
+    if spec.kv_dtype.is_fp8:
+        return lanes == 16 and spec.head_dim % (32 if token_inner(spec) else 64) == 0
+    return spec.head_dim % (lanes if token_inner(spec) else 2 * lanes) == 0
+
+
+def sum_tree(lanes: int) -> list[tuple[list[int], list[int]]]:
+    """Shuffle indices, low and high, of every level of the tree that sums ``lanes`` vectors of ``lanes``.
+
+    Lanes are crossed within 128 bits first, where a shuffle costs one cycle.
+    """
+    tree = []
+    for low in ([0, lanes, 1, lanes + 1], [0, 1, lanes, lanes + 1]):
+        indices = [g + x for g in range(0, lanes, 4) for x in low]
+        tree.append((indices, [x + 2 for x in indices]))
+    groups = lanes // 4  # what is left is to sum the 4-lane groups
+    while groups > 1:
+        picked = [0, 2, 4, 6] if lanes == 16 else [0, 2]
+        indices = [4 * g + x for g in picked for x in range(4)]
+        tree.append((indices, [x + 4 for x in indices]))
+        groups //= 2
+    return tree
+
+
+def bf16_table(kind: DType) -> tuple[list[int], list[int]]:
+    """Low and high byte of the bf16 of each of the 128 fp8 codes without sign."""
+    mantissa_bits, bias = (3, 7) if kind is DType.FP8_E4M3 else (2, 15)
+    low, high = [], []
+    for code in range(128):
+        exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
+        infinite = kind is DType.FP8_E5M2 and exponent == 31
+        if code == 127 or (infinite and mantissa):
+            bits = 0x7FC0
+        elif infinite:
+            bits = 0x7F80
+        elif code == 0:
+            bits = 0
+        else:
+            if exponent == 0:  # subnormal in fp8, normal in bf16
+                shift = mantissa_bits - mantissa.bit_length() + 1
+                exponent, mantissa = 1 - shift, (mantissa << shift) & ((1 << mantissa_bits) - 1)
+            bits = (exponent - bias + 127) << 7 | mantissa << (7 - mantissa_bits)
+        low.append(bits & 255)
+        high.append(bits >> 8)
+    return low, high
+
+
+# 2^x on [-0.5, 0.5], least maximal relative error (1.3e-7); highest power first.
+EXP2 = (0.00134404927, 0.00967211641, 0.0555017106, 0.240222294, 0.693147348, 1.0)
+
+
+class TvmDecode(Family):
+    """One query token a sequence, on a CPU."""
+
+    name = "tvm-decode"
+    kind = "cpu"
+    source = TEMPLATES / "tvm" / "decode.py.j2"
+    shared: tuple[Path, ...] = (TEMPLATES / "tvm" / "vectors.j2", TEMPLATES / "tvm" / "functions.ll.j2")
+
+    def check(self, spec: KernelSpec, target: Target) -> None:
+        """Every decode spec is covered; the target has to be an instruction-set level that is known."""
+        if target.arch not in LEVELS:
+            raise Unsupported(f"arch {target.arch} of target {target.name}: {', '.join(LEVELS)} are covered")
+
+    def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
+        """Tile, register blocks, prefetching, and the way products are formed."""
+        level, group, inner = LEVELS[target.arch], spec.group_size, token_inner(spec)
+        widest = max(4, level.bits // 32)
+        lanes = tuple(n for n in powers(4, widest) if n >= widest // 2)
+        if not inner:  # rows of K are read whole
+            lanes = tuple(n for n in powers(4, widest) if spec.head_dim % n == 0)[-2:]
+        dots = ("f32", "bf16") if any(dot_allowed(spec, target, n) for n in lanes) else ("f32",)
+        heads = divisors(group, 16)
+        k_heads = heads if inner else powers(1, min(lanes[-1], group))
+        tiles = (16, 32, 64, 128)
+        return (
+            Field("lanes", lanes, lanes[-1], "float32 lanes of a vector"),
+            Field("tile", tiles, 64, "tokens processed together"),
+            Field("dot", dots, dots[-1], "products in float32 (FMA) or on bf16 pairs (vdpbf16ps)"),
+            Field("k_heads", k_heads, _nearest(k_heads, 4), "query heads of the register block of q @ K^T"),
+            Field(
+                "k_vectors",
+                (1, 2, 4) if inner else (1,),
+                2 if inner else 1,
+                "vectors of tokens of that block",
+            ),
+            Field("v_heads", heads, _nearest(heads, 4), "query heads of the register block of p @ V"),
+            Field("v_vectors", (1, 2, 4, 8), 4, "vectors of head_dim of that block"),
+            Field(
+                "ahead", (0, 16, 32, 64, 128), 32, "tokens between a read and its prefetch; 0: no prefetching"
+            ),
+            Field("into", ("l1", "l2"), "l2", "the cache that is prefetched into"),
+        )
+
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Blocks must divide what they tile and fit in the vector registers."""
+        import sympy
+        from sympy import Eq, Le, Mod, Or
+
+        s = sympy.Symbol
+        return (
+            Constraint("dim_lanes", Eq(Mod(s("head_dim"), s("v_block")), 0), "V blocks divide head_dim"),
+            Constraint("tile_lanes", Eq(Mod(s("tile"), s("k_block")), 0), "K blocks divide the tile"),
+            Constraint(
+                "k_registers",
+                Le(s("k_accumulators") + s("k_operands"), s("registers")),
+                "the register block of q @ K^T does not spill",
+            ),
+            Constraint(
+                "v_registers",
+                Le(s("v_accumulators") + s("v_operands"), s("registers")),
+                "the register block of p @ V does not spill",
+            ),
+            Constraint("dot", Le(s("dot"), s("dot_allowed")), "bf16 products only where they lose nothing"),
+            Constraint(
+                "pairs",
+                Or(Eq(s("dot"), 0), Eq(Mod(s("v_vectors"), s("v_chunk")), 0)),
+                "fp8 V is widened two at a time",
+            ),
+            Constraint(
+                "page", Or(Eq(s("ahead"), 0), Eq(Mod(s("ahead"), s("unit")), 0)), "whole units are prefetched"
+            ),
+            Constraint(
+                "one_off", Or(Le(1, s("ahead")), Eq(s("into_l1"), 0)), "without prefetching its level is moot"
+            ),
+        )
+
+    def costs(self) -> tuple[Cost, ...]:
+        """Bytes over bandwidth against vector instructions over their rate; estimates, never measurements."""
+        import sympy
+        from sympy import Max, Min
+
+        s = sympy.Symbol
+        elements = s("num_tokens") * s("num_kv_heads") * s("head_dim")
+        vectors = elements / s("lanes")
+        loads = vectors * s("convert") * (s("group") / s("k_heads") + s("group") / s("v_heads"))
+        products = 2 * vectors * s("group") / (1 + s("dot"))
+        broadcasts = products / 2 * (1 / s("k_vectors") + 1 / s("v_vectors")) / 2
+        softmax = 20 * s("num_tokens") * s("num_kv_heads") * s("group") / s("lanes")
+        rescale = (
+            2 * s("group") * s("num_tokens") * s("num_kv_heads") * s("head_dim") / (s("lanes") * s("tile"))
+        )
+        lookahead = Min(1, sympy.Rational(1, 2) + s("ahead") * s("row_bytes") / 16384)
+        return (
+            Cost("bytes", "B", s("kv_bytes"), "K and V read once"),
+            Cost(
+                "instructions",
+                "vector instructions",
+                loads + products + broadcasts + softmax + rescale,
+                "loads and conversions, products, broadcasts, softmax, rescaling of the sums",
+            ),
+            Cost(
+                "memory_us",
+                "us",
+                s("bytes") / (s("bandwidth_gbs") * lookahead) / 1000,
+                "late prefetches halve it",
+            ),
+            Cost(
+                "compute_us",
+                "us",
+                s("instructions") * s("lanes") * 32 / s("vector_bits") / (s("num_cores") * s("ghz") * 1000),
+                "one full vector instruction a cycle and core",
+            ),
+            Cost(
+                "time_us",
+                "us",
+                Max(s("memory_us"), s("compute_us")) + 5,
+                "the slower of the two, and the call",
+            ),
+        )
+
+    def symbols(
+        self, spec: KernelSpec, target: Target, schedule: Schedule, workload: Workload
+    ) -> Mapping[str, float]:
+        """The number behind every symbol."""
+        level, shape = LEVELS[target.arch], Shape.of(spec, target, schedule)
+        wide = max(1, 32 * shape.lanes // level.bits)  # registers a vector takes
+        inner, dot, fp8 = token_inner(spec), shape.dot, spec.kv_dtype.is_fp8
+        accumulators = shape.k_heads * shape.k_vectors if inner else shape.lanes
+        if dot:
+            convert = 0.8 if fp8 else 1.0
+        else:
+            convert = {"f32": 1.0, "f16": 1.0, "bf16": 2.0}.get(spec.kv_dtype.value, 3.0)
+        return {
+            "num_tokens": workload.num_tokens,
+            "kv_bytes": workload.kv_bytes(spec),
+            "num_kv_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "group": spec.group_size,
+            "row_bytes": spec.head_dim * spec.kv_dtype.size,
+            "unit": shape.unit,
+            "lanes": shape.lanes,
+            "tile": shape.tile,
+            "dot": int(dot),
+            "dot_allowed": int(dot_allowed(spec, target, shape.lanes)),
+            "k_heads": shape.k_heads,
+            "k_vectors": shape.k_vectors,
+            "v_heads": shape.v_heads,
+            "v_vectors": shape.v_vectors,
+            "v_block": shape.v_vectors * shape.v_lanes,
+            "v_chunk": 2 if fp8 else 1,
+            "k_block": shape.k_vectors * shape.lanes,
+            "ahead": schedule.int("ahead"),
+            "into_l1": int(schedule["into"] == "l1"),
+            "registers": level.registers,
+            "vector_bits": level.bits,
+            "k_accumulators": accumulators * wide,
+            "k_operands": (shape.k_vectors if inner else 1) * wide + 1 + 5 * int(dot and fp8),
+            "v_accumulators": shape.v_heads * shape.v_vectors * wide,
+            "v_operands": wide + 1 + 5 * int(dot and fp8),
+            "convert": convert,
+            "num_cores": target.num_sms,
+            "bandwidth_gbs": target.bandwidth_gbs or NOMINAL_GBS * target.num_sms,
+            "ghz": NOMINAL_GHZ,
+        }
+
+    def context(self, spec: KernelSpec, target: Target, schedule: Schedule) -> Mapping[str, object]:
+        """Names of the template: capitals are numbers that are rendered as literals."""
+        shape = Shape.of(spec, target, schedule)
+        inner, fp8, lanes, element = token_inner(spec), spec.kv_dtype.is_fp8, shape.lanes, spec.kv_dtype.size
+        rows = (4 if fp8 else 2) if shape.dot else 1
+        piece = min(shape.unit, shape.k_vectors * lanes)
+        step = max(rows, min(8, LINE_BYTES // (piece * element))) if inner else 1
+        low, high = bf16_table(spec.kv_dtype) if fp8 else ([], [])
+        if fp8:
+            storage = "uint8" if shape.dot else "int8" if spec.kv_dtype is DType.FP8_E4M3 else "uint8"
+        else:
+            storage = STORAGE[spec.kv_dtype]
+        octets = [(x, o, y, j) for x in range(4) for o in range(2) for y in range(4) for j in range(2)]
+        return {
+            "spec": spec,
+            "schedule": schedule,
+            "target": target,
+            "symbol": symbol_of(spec, schedule),
+            "token_inner": inner,
+            "fp8": fp8,
+            "dot": shape.dot,
+            "Q": STORAGE[spec.q_dtype],
+            "KV": storage,
+            "GAIN": 256.0 if spec.kv_dtype is DType.FP8_E4M3 and not shape.dot else 1.0,
+            "G": spec.group_size,
+            "D": spec.head_dim,
+            "L": lanes,
+            "VL": shape.v_lanes,
+            "PL": min(lanes, shape.tile // 2),
+            "TILE": shape.tile,
+            "U": shape.unit,
+            "N": shape.tile // shape.unit,
+            "A": schedule.int("ahead") // shape.unit,
+            "KH": shape.k_heads,
+            "KB": shape.k_vectors,
+            "VH": shape.v_heads,
+            "VB": shape.v_vectors,
+            "W": min(shape.unit, lanes),
+            "ROWS": rows,
+            "STEP": step,
+            "PIECE": piece,
+            "LINES": max(1, piece * element // LINE_BYTES),
+            "LINE": LINE_BYTES // element,
+            "CHUNK": 64 if fp8 else 2 * lanes,
+            "level": PREFETCH_LEVELS[str(schedule["into"])],
+            "poly": _horner("x[i]"),
+            "mix_k": [(2 * o + j) * 16 + 4 * x + y for x, o, y, j in octets]
+            if fp8
+            else [r * lanes + i for i in range(lanes) for r in range(2)],
+            "mix_v": [j * 32 + o * 16 + 4 * x + y for x, o, y, j in octets]
+            if fp8
+            else [r * shape.v_lanes + i for i in range(shape.v_lanes) for r in range(2)],
+            "dot_lanes": sorted({lanes, shape.v_lanes}),
+            "tree": sum_tree(lanes),
+            "table": {"low": low, "high": high},
+            "unpack_low": [64 * b + 16 * x + y for x in range(4) for y in range(8) for b in range(2)],
+            "unpack_high": [64 * b + 16 * x + 8 + y for x in range(4) for y in range(8) for b in range(2)],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The geometry that a schedule gives a kernel; see the glossary of the template."""
+
+    lanes: int
+    v_lanes: int  # the widest vector that divides head_dim
+    tile: int
+    unit: int  # contiguous tokens: as much of a block as a tile can take
+    k_heads: int
+    k_vectors: int
+    v_heads: int
+    v_vectors: int
+    dot: bool
+
+    @classmethod
+    def of(cls, spec: KernelSpec, target: Target, schedule: Schedule) -> Shape:
+        """Derived from the schedule's fields; the target is not needed beyond them."""
+        lanes, tile = schedule.int("lanes"), schedule.int("tile")
+        return cls(
+            lanes=lanes,
+            v_lanes=math.gcd(lanes, spec.head_dim),
+            tile=tile,
+            unit=math.gcd(spec.block_size, tile),
+            k_heads=schedule.int("k_heads"),
+            k_vectors=schedule.int("k_vectors"),
+            v_heads=schedule.int("v_heads"),
+            v_vectors=schedule.int("v_vectors"),
+            dot=schedule["dot"] == "bf16",
+        )
+
+
+def symbol_of(spec: KernelSpec, schedule: Schedule) -> str:
+    """What the kernel's functions start with; distinct for every spec and schedule."""
+    return f"decode_{spec.hash[:8]}_{schedule.hash[:8]}"
+
+
+def _horner(x: str) -> str:
+    text = f"T.float32({EXP2[0]!r})"
+    for coefficient in EXP2[1:]:
+        text = f"({text} * {x} + T.float32({coefficient!r}))"
+    return text
+
+
+def _nearest(values: tuple[int, ...], wanted: int) -> int:
+    return min(values, key=lambda value: (abs(value - wanted), -value))
+
+
+FAMILY = TvmDecode()
