@@ -1,0 +1,248 @@
+"""``Trace``: prompt and output lengths of real requests, and the decode batches that follow from them.
+
+Formats are recognised by content, whatever the file is called:
+
+- CSV with a header that names the columns: ``ContextTokens,GeneratedTokens`` (Azure's public traces, with
+  ``TIMESTAMP``), ``num_prefill_tokens,num_decode_tokens``, ``prompt_tokens,output_tokens`` and the like;
+- CSV without a header: prompt and output length, two integers a line;
+- JSON lines with ``input_length`` and ``output_length`` (Mooncake's public traces);
+- JSON with histograms, ``{family: {"input_tokens": {length: share}, "output_tokens": {…}}}``, from which
+  requests are drawn; ``FILE#FAMILY`` names one of several families.
+
+Lines that begin with ``#`` are comments in the CSV formats.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from pagedgen.errors import InvalidValue, MalformedFile
+from pagedgen.values.workload import Workload
+
+SAMPLE = Path(__file__).with_name("sample_trace.csv")
+PROMPT_COLUMNS = (
+    "contexttokens",
+    "num_prefill_tokens",
+    "prompt_tokens",
+    "input_tokens",
+    "input_length",
+    "prompt",
+)
+OUTPUT_COLUMNS = (
+    "generatedtokens",
+    "num_decode_tokens",
+    "output_tokens",
+    "completion_tokens",
+    "output_length",
+    "output",
+)
+HISTOGRAM_REQUESTS = 4096  # drawn from a histogram
+LONGEST = 1 << 24  # tokens; more than any context, so a larger number is a damaged line
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Request:
+    """Lengths of one request, in tokens."""
+
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests in the order of the file.
+
+    Raises:
+        InvalidValue: there are none.
+    """
+
+    name: str
+    requests: tuple[Request, ...]
+
+    def __post_init__(self) -> None:
+        if not self.requests:
+            raise InvalidValue("requests", (), "at least one request is expected")
+
+    def batch(self, num_seqs: int, seed: int = 0, *, max_seq_len: int = 0) -> Workload:
+        """A snapshot of ``num_seqs`` sequences that decode at the same time.
+
+        A request is drawn with a chance in proportion to its output, because that is for how many steps it
+        is in the batch; it has its prompt and a uniformly drawn part of its output in the cache. Lengths are
+        cut at ``max_seq_len`` where that is not 0.
+
+        Raises:
+            InvalidValue: ``num_seqs`` is not positive, or no request has any output.
+        """
+        if num_seqs < 1:
+            raise InvalidValue("num_seqs", num_seqs, "at least 1 is allowed")
+        steps = list(accumulate(request.output for request in self.requests))
+        if steps[-1] == 0:
+            raise InvalidValue("output", 0, f"{self.name}: at least one request must have output tokens")
+        draw = random.Random(f"{seed} {num_seqs}")
+        lengths = []
+        for _ in range(num_seqs):
+            request = self.requests[bisect(steps, draw.random() * steps[-1])]
+            length = max(1, request.prompt + draw.randint(1, request.output))
+            lengths.append(min(length, max_seq_len) if max_seq_len else length)
+        return Workload(f"{self.name}-{num_seqs}", tuple(lengths))
+
+
+def decode_workloads(
+    trace: Trace, sizes: Sequence[int] = (1, 4, 16, 64), seed: int = 0, *, max_seq_len: int = 0
+) -> tuple[Workload, ...]:
+    """One batch of each size, see :meth:`Trace.batch`; the batches that ``tune --trace`` times."""
+    return tuple(trace.batch(size, seed, max_seq_len=max_seq_len) for size in sizes)
+
+
+def sample_trace() -> Trace:
+    """The conversation traffic that ships with the package; its header says how it was made."""
+    return read_trace(SAMPLE)
+
+
+def read_trace(path: str | Path, seed: int = 0) -> Trace:
+    """Read a trace; ``seed`` is for the formats that requests are drawn from.
+
+    Raises:
+        MalformedFile: not one of the formats; names the line.
+        InvalidValue: a histogram of several families, and none is named.
+    """
+    file, _, family = str(path).partition("#")
+    where = Path(file).expanduser()
+    try:
+        text = where.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise MalformedFile(where, "file", error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise MalformedFile(where, f"byte {error.start}", "text in UTF-8 is expected") from error
+    name = where.stem.replace("_", "-")
+    if not text.lstrip().startswith("{"):
+        requests = _read_csv(where, text)
+    elif _is_one_object(text):
+        family, histogram = _pick(where, text, family)
+        name = f"{name}-{family.rsplit('/', 1)[-1]}"
+        requests = _draw(where, histogram, seed)
+    else:
+        requests = _read_jsonl(where, text)
+    if not requests:
+        raise MalformedFile(where, "line 1", "no request in the file")
+    return Trace(name, tuple(requests))
+
+
+def _length(path: Path, line: int, field: str, text: object) -> int:
+    """A length from a cell; ``918.0`` is one too."""
+    try:
+        value = float(str(text))
+    except ValueError:
+        value = math.nan
+    if not (value.is_integer() and 0 <= value <= LONGEST):
+        raise MalformedFile(path, f"line {line}", f"{field} = {str(text)!r}: tokens, 0 or more, are expected")
+    return int(value)
+
+
+def _read_csv(path: Path, text: str) -> list[Request]:
+    requests = []
+    columns: tuple[int, int] | None = None
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        cells = [cell.strip() for cell in next(csv.reader([line]))]
+        if columns is None:
+            header = _columns(path, number, cells)
+            columns = header or (0, 1)
+            if header:
+                continue
+        if len(cells) <= max(columns):
+            raise MalformedFile(
+                path, f"line {number}", f"{len(cells)} columns: {max(columns) + 1} are expected"
+            )
+        prompt, output = (
+            _length(path, number, field, cells[column])
+            for field, column in zip(("prompt", "output"), columns, strict=True)
+        )
+        requests.append(Request(prompt, output))
+    return requests
+
+
+def _columns(path: Path, number: int, cells: list[str]) -> tuple[int, int] | None:
+    """Where prompt and output stand; None when the line is data already."""
+    lower = [cell.lower() for cell in cells]
+    prompt = next((lower.index(name) for name in PROMPT_COLUMNS if name in lower), None)
+    output = next((lower.index(name) for name in OUTPUT_COLUMNS if name in lower), None)
+    if prompt is not None and output is not None:
+        return prompt, output
+    if len(cells) == 2 and all(cell.replace(".", "", 1).isdigit() for cell in cells):
+        return None
+    raise MalformedFile(
+        path,
+        f"line {number}",
+        f"{','.join(cells)[:80]!r}: a header with one of {', '.join(PROMPT_COLUMNS)} and one of "
+        f"{', '.join(OUTPUT_COLUMNS)}, or two integers, are expected",
+    )
+
+
+def _read_jsonl(path: Path, text: str) -> list[Request]:
+    requests = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise MalformedFile(path, f"line {number}", f"JSON: {error}") from error
+        lengths = []
+        for field in ("input_length", "output_length"):
+            if not isinstance(row, dict) or field not in row:
+                raise MalformedFile(path, f"line {number}", f"an object with {field} is expected")
+            lengths.append(_length(path, number, field, row[field]))
+        requests.append(Request(*lengths))
+    return requests
+
+
+def _is_one_object(text: str) -> bool:
+    """Whether the whole text is one object that holds objects, and not a line a request."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return all(isinstance(value, dict) for value in data.values())
+
+
+def _pick(path: Path, text: str, family: str) -> tuple[str, Mapping[str, Any]]:
+    data = json.loads(text)
+    complete = {
+        name: value
+        for name, value in data.items()
+        if value.get("input_tokens") and value.get("output_tokens")
+    }
+    if not complete:
+        raise MalformedFile(path, "line 1", "no family with input_tokens and output_tokens")
+    if not family and len(complete) == 1:
+        family = next(iter(complete))
+    if family not in complete:
+        raise InvalidValue("family", family, f"name one as FILE#FAMILY: {', '.join(complete)}")
+    return family, complete[family]
+
+
+def _draw(path: Path, histogram: Mapping[str, Any], seed: int) -> list[Request]:
+    """Requests from two histograms, drawn independently: they do not say how lengths go together."""
+    draw = random.Random(seed)
+    sides = []
+    for side in ("input_tokens", "output_tokens"):
+        try:
+            lengths = [int(length) for length in histogram[side]]
+            shares = [float(share) for share in histogram[side].values()]
+            if min(lengths) < 0 or min(shares) < 0 or not 0 < sum(shares) < math.inf:
+                raise ValueError("lengths and shares are 0 or more")
+        except (TypeError, ValueError, AttributeError) as error:
+            raise MalformedFile(path, side, f"a histogram is {{length: share}}: {error}") from error
+        sides.append(draw.choices(lengths, shares, k=HISTOGRAM_REQUESTS))
+    return [Request(prompt, output) for prompt, output in zip(*sides, strict=True)]

@@ -1,0 +1,127 @@
+"""Specs: every impossible one is refused by name, every possible one survives its JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagedgen.errors import InvalidValue, MalformedFile
+from pagedgen.values import codec
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op, parse_dtype
+
+GOOD = {
+    "op": Op.DECODE,
+    "head_dim": 128,
+    "num_q_heads": 32,
+    "num_kv_heads": 8,
+    "block_size": 16,
+    "q_dtype": DType.BF16,
+    "kv_dtype": DType.BF16,
+}
+
+
+@st.composite
+def specs(draw) -> KernelSpec:
+    q_dtype = draw(st.sampled_from([DType.F32, DType.F16, DType.BF16]))
+    kv_dtype = draw(st.sampled_from([q_dtype, DType.FP8_E4M3, DType.FP8_E5M2]))
+    kv_heads = draw(st.integers(1, 64))
+    scales = [KVScale.TENSOR, KVScale.HEAD] if kv_dtype.is_fp8 else [KVScale.NONE]
+    return KernelSpec(
+        Op.DECODE,
+        draw(st.integers(4, 32)) * 8,
+        kv_heads * draw(st.integers(1, 32)),
+        kv_heads,
+        draw(st.integers(1, 65536)),
+        q_dtype,
+        kv_dtype,
+        draw(st.sampled_from(scales)),
+        draw(st.sampled_from(list(KInner))),
+        draw(st.booleans()),
+    )
+
+
+@given(specs())
+def test_specs_round_trip_through_json(spec):
+    again = codec.decode(KernelSpec, json.loads(codec.dumps(spec)))
+    assert again == spec and again.hash == spec.hash and again.name == spec.name
+
+
+@given(specs(), specs())
+def test_names_and_hashes_tell_specs_apart(a, b):
+    assert (a == b) == (a.name == b.name) == (a.hash == b.hash)
+    assert (a < b) or (b < a) or a == b
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_q_heads": 24, "num_kv_heads": 5}, r"num_q_heads = 24: a multiple of num_kv_heads \(5\)"),
+        ({"num_q_heads": 0}, "num_q_heads = 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads = 0: at least 1"),
+        ({"head_dim": 100}, "head_dim = 100: a multiple of 8 from 32 to 256"),
+        ({"head_dim": 24}, "head_dim = 24"),
+        ({"head_dim": 264}, "head_dim = 264"),
+        ({"head_dim": 128.0}, "head_dim = 128.0: an integer"),
+        ({"block_size": 0}, "block_size = 0: 1 to 65536"),
+        ({"block_size": -16}, "block_size = -16"),
+        ({"block_size": 65537}, "block_size = 65537"),
+        ({"block_size": True}, "block_size = True: an integer"),
+        ({"q_dtype": DType.FP8_E4M3}, "q_dtype = 'fp8_e4m3': allowed: f32, f16, bf16"),
+        ({"kv_dtype": DType.F16}, r"kv_dtype = 'f16': q_dtype \(bf16\) or an fp8 type"),
+        ({"kv_dtype": DType.FP8_E4M3}, "kv_scale = 'none': fp8 takes 'tensor' or 'head'"),
+        ({"kv_scale": KVScale.HEAD}, "kv_scale = 'head'"),
+    ],
+)
+def test_impossible_specs_name_field_value_and_what_is_allowed(change, message):
+    with pytest.raises(InvalidValue, match=message):
+        KernelSpec(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("text", ["fp4", "int8", "", "nvfp4"])
+def test_unknown_dtypes(text):
+    with pytest.raises(InvalidValue, match=r"kv_dtype = .*allowed: f32, f16, bf16, fp8_e4m3, fp8_e5m2"):
+        parse_dtype(text, "kv_dtype")
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"), [("FP8", DType.FP8_E4M3), ("half", DType.F16), (" bf16 ", DType.BF16)]
+)
+def test_usual_names_of_dtypes(text, dtype):
+    assert parse_dtype(text, "kv_dtype") is dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": "128"}, r"KernelSpec\.head_dim = '128': int is expected"),
+        ({"head_dim": 100}, "head_dim = 100"),
+        ({"kv_dtype": "fp4"}, r"KernelSpec\.kv_dtype = 'fp4': allowed: f32"),
+        ({"colour": 1}, r"KernelSpec\.colour = 1: no such field"),
+        ({"return_lse": 1}, r"return_lse = 1: bool is expected"),
+    ],
+)
+def test_json_is_read_strictly(change, message):
+    with pytest.raises(InvalidValue, match=message):
+        codec.decode(KernelSpec, {**codec.encode(KernelSpec(**GOOD)), **change})
+
+
+def test_a_missing_field_is_named():
+    data = codec.encode(KernelSpec(**GOOD))
+    del data["block_size"]
+    with pytest.raises(InvalidValue, match=r"KernelSpec\.block_size = None: the field is missing"):
+        codec.decode(KernelSpec, data)
+
+
+def test_files_name_the_path_and_the_place(tmp_path):
+    path = tmp_path / "spec.json"
+    path.write_text(codec.dumps(KernelSpec(**GOOD)), encoding="utf-8")
+    assert codec.load_file(KernelSpec, path) == KernelSpec(**GOOD)
+    path.write_text(path.read_text(encoding="utf-8").replace("128", "100"), encoding="utf-8")
+    with pytest.raises(MalformedFile, match=rf"{path}: head_dim: 100"):
+        codec.load_file(KernelSpec, path)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(MalformedFile, match="JSON"):
+        codec.load_file(KernelSpec, path)

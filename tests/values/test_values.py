@@ -1,0 +1,131 @@
+"""Schedules, workloads, records and manifests: validation, names and round trips."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagedgen.errors import InvalidValue
+from pagedgen.values import codec
+from pagedgen.values.manifest import FileEntry, KernelEntry, Manifest, Rule
+from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import DType, KernelSpec, Op
+from pagedgen.values.target import Target
+from pagedgen.values.target_table import table
+from pagedgen.values.workload import Workload
+
+SPEC = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.BF16, DType.BF16)
+MEASURED = Record(
+    Status.MEASURED,
+    SPEC,
+    "cpu",
+    Workload.uniform(16, 2048),
+    Schedule.of("tvm-decode", tile=64, into="l2"),
+    Stamp("0.1.0", "0123456789ab", "tvm 0.27.0", "a CPU", "Linux 6.1", "2026-01-01T00:00:00+00:00"),
+    Resources(code_bytes=4096),
+    predicted_us=5000.0,
+    timing=Timing(4800.0, 4700.0, 5100.0, 9),
+    roofline_gbs=30.0,
+    verdict=Verdict(True, 5, 1e-3, 1e-2, 0),
+)
+names = st.text("abcdefgh_", min_size=1, max_size=8)
+
+
+@given(st.dictionaries(names, st.integers() | names, max_size=6))
+def test_schedules_do_not_depend_on_order_and_round_trip(choices):
+    schedule = Schedule.of("t", **choices)
+    assert schedule == Schedule.of("t", **dict(reversed(choices.items())))
+    assert codec.decode(Schedule, json.loads(codec.dumps(schedule))) == schedule
+    for field, value in choices.items():
+        assert schedule[field] == value
+
+
+def test_schedules_refuse_what_is_not_theirs():
+    schedule = Schedule.of("tvm-decode", tile=64, into="l2")
+    assert schedule.name == "intol2-tile64"
+    with pytest.raises(InvalidValue, match="field = 'warps': tvm-decode has into, tile"):
+        schedule["warps"]
+    with pytest.raises(InvalidValue, match="into = 'l2': an integer"):
+        schedule.int("into")
+    with pytest.raises(InvalidValue, match="choices"):
+        Schedule("t", (("b", 1), ("a", 1)))
+
+
+@given(st.lists(st.integers(0, 1 << 20), min_size=1, max_size=50))
+def test_workloads_count_their_bytes(lengths):
+    workload = Workload("w", tuple(lengths))
+    assert workload.kv_bytes(SPEC) == sum(lengths) * 2 * 8 * 128 * 2
+    assert workload.max_seq_len == max(lengths)
+    assert codec.decode(Workload, json.loads(codec.dumps(workload))) == workload
+
+
+@pytest.mark.parametrize("lengths", [(), (5, -1), (1.5,), (True,)])
+def test_impossible_workloads(lengths):
+    with pytest.raises(InvalidValue, match="seq_lens"):
+        Workload("w", lengths)
+
+
+def test_records_round_trip_and_derive_their_figures():
+    again = codec.decode(Record, json.loads(codec.dumps(MEASURED)))
+    assert again == MEASURED
+    assert again.time_us == 4800.0
+    assert again.gbs == pytest.approx(16 * 2048 * 4096 / 4800e-6 / 1e9)
+    assert again.roofline_share == pytest.approx(again.gbs / 30)
+
+
+def test_a_measured_record_needs_timing_roofline_and_verdict():
+    for change in ({"timing": None}, {"roofline_gbs": 0.0}):
+        with pytest.raises(InvalidValue, match="timing"):
+            replace(MEASURED, **change)
+    failed = Verdict(False, 1, 1.0, 0.1, 0, "wrong")
+    for verdict in (None, failed):
+        with pytest.raises(InvalidValue, match="verdict"):
+            replace(MEASURED, verdict=verdict)
+
+
+def test_a_prediction_has_no_timing():
+    with pytest.raises(InvalidValue, match="a predicted record has none"):
+        replace(MEASURED, status=Status.PREDICTED)
+    predicted = replace(MEASURED, status=Status.PREDICTED, timing=None, roofline_gbs=0.0, verdict=None)
+    assert predicted.time_us == 5000.0 and predicted.roofline_share == 0.0
+
+
+def test_targets_round_trip():
+    for row in table():
+        assert codec.decode(Target, json.loads(codec.dumps(row.target))) == row.target
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_sms", 0), ("arch", "sm90"), ("arch", "gfx942")])
+def test_impossible_targets(field, value):
+    with pytest.raises(InvalidValue, match=field):
+        replace(table()[0].target, **{field: value})
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "a//b", "a\\b", "", ".", "a/./b"])
+def test_no_path_of_a_manifest_leaves_its_pack(path):
+    with pytest.raises(InvalidValue, match="path"):
+        FileEntry(path, 1, "0" * 64)
+
+
+def test_manifests_round_trip_and_point_at_variants_that_exist():
+    entry = KernelEntry(SPEC, "lib/x.so", (MEASURED.schedule,), (Rule(1 << 31, 1 << 31, 0),), (MEASURED,))
+    manifest = Manifest(
+        1,
+        "0.1.0",
+        "cpu",
+        "cpu",
+        "x86_64-avx2",
+        "linux-x86_64",
+        (entry,),
+        (FileEntry("lib/x.so", 9, "0" * 64),),
+    )
+    assert codec.decode(Manifest, json.loads(codec.dumps(manifest))) == manifest
+    with pytest.raises(InvalidValue, match="variant = 1: 0 to 0"):
+        replace(entry, dispatch=(Rule(1, 1, 1),))
+    with pytest.raises(InvalidValue, match="dispatch"):
+        replace(entry, dispatch=())
