@@ -1,7 +1,7 @@
 """``Library``: one host library of a spec, loaded: the ABI of docs/architecture.md as Python calls.
 
-Violations of the call contract arrive as :class:`pagedgen.errors.ArgumentError`, raised in the library before any
-launch; a driver that refuses a kernel as :class:`pagedgen.errors.LaunchError`.
+Violations of the call contract arrive as :class:`pagedgen.errors.ArgumentError`, raised in the library before
+any launch; a driver that refuses a kernel as :class:`pagedgen.errors.LaunchError`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Decode = Callable[
 class Library:
     """A loaded library.
 
-    ``decode(q, k, v, block_table, seq_lens, out, lse, softmax_scale, k_scale, v_scale, workspace, max_seq_len,
-    variant)`` is the library's own function, with nothing in between.
+    ``decode(q, k, v, block_table, seq_lens, out, lse, softmax_scale, k_scale, v_scale, workspace,
+    max_seq_len, variant)`` is the library's own function, with nothing in between.
 
     Raises:
         PackForeign: the system cannot load the file (other processor, missing libtvm_ffi).

@@ -1,7 +1,8 @@
 """binaries + dispatch table → one host library in the TVM-FFI ABI (docs/architecture.md).
 
-The launcher is plain C++ against TVM-FFI's C header: no CUDA headers, no toolkit, no C++ run-time library. Kernels
-come in through the assembler's ``.incbin``, so a library of fifty candidates compiles about as fast as one of two.
+The launcher is plain C++ against TVM-FFI's C header: no CUDA headers, no toolkit, no C++ run-time library.
+Kernels come in through the assembler's ``.incbin``, so a library of fifty candidates compiles about as fast
+as one of two.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pagedgen
 from pagedgen.compiler.binary import Binary
@@ -76,8 +77,8 @@ def host_compiler() -> tuple[str, ...]:
     if find_spec("ziglang"):
         return (sys.executable, "-m", "ziglang", "c++")
     raise HostCompilerMissing(
-        "no C++ compiler found (looked for $CXX, g++, clang++, c++, and ziglang in Python): install g++ or clang, "
-        "or run: pip install ziglang"
+        "no C++ compiler found (looked for $CXX, g++, clang++, c++, and ziglang in Python): "
+        "install g++ or clang, or run: pip install ziglang"
     )
 
 
@@ -110,7 +111,7 @@ def assemble(binaries: Sequence[Binary], dispatch: Sequence[Rule], *, embed: Emb
             architecture could use (``sm_90a`` and the like).
 
     Raises:
-        InvalidValue: binaries of several specs or targets, a rule that names no variant, an unknown ``embed``.
+        InvalidValue: several specs or targets, a rule that names no variant, an unknown ``embed``.
         Unsupported: a kind of target that has no launcher.
     """
     spec, target = common(binaries)
@@ -134,16 +135,16 @@ def assemble(binaries: Sequence[Binary], dispatch: Sequence[Rule], *, embed: Emb
 
 
 def portable_ptx(ptx: bytes) -> bool:
-    """Whether newer architectures can run this PTX: targets ending in a letter (``sm_90a``) are for one only."""
+    """Whether newer architectures run this PTX: a target that ends in a letter (``sm_90a``) is for one."""
     found = re.search(rb"^\.target\s+sm_\d+([a-z]?)", ptx, re.MULTILINE)
-    return bool(found) and not found.group(1)  # type: ignore[union-attr]
+    return found is not None and not found.group(1)
 
 
 def _assemble_gpu(
     binaries: Sequence[Binary], shared: Mapping[str, object], spec: KernelSpec, embed: Embed
 ) -> Assembly:
+    from pagedgen.compiler.families import family_for
     from pagedgen.compiler.triton import alignment_of
-    from pagedgen.templates.triton.decode import block_h, head_blocks
 
     files: list[tuple[str, bytes]] = []
     variants = []
@@ -175,6 +176,8 @@ def _assemble_gpu(
         v_stride=alignment_of(spec, "v_stride_block"),
         workspace=alignment_of(spec, "partial_ptr"),
     )
+    first = binaries[0].source
+    literals: Mapping[str, Any] = family_for(spec, first.target).context(spec, first.target, first.schedule)
     source = (
         environment()
         .get_template("launcher/gpu.cc.j2")
@@ -183,8 +186,8 @@ def _assemble_gpu(
             variants=variants,
             align=align,
             max_kv_stride="INT32_MAX",  # block and token strides are 32-bit in the kernels
-            rows=min(block_h(spec), spec.group_size),
-            programs=spec.num_kv_heads * head_blocks(spec),
+            rows=literals["rows"],
+            programs=spec.num_kv_heads * literals["head_blocks"],
             max_waves=max(binary.source.schedule.int("waves") for binary in binaries),
         )
     )
@@ -259,7 +262,7 @@ def compile_library(assembly: Assembly, out: Path) -> Path:
             ]
             tail = "\n".join((errors or run.stderr.splitlines())[-12:])
             raise CompileError(f"{shlex.join(command)} could not build the launcher:\n{tail}")
-        os.replace(folder / "library.so", out)
+        (folder / "library.so").replace(out)
     return out
 
 

@@ -140,8 +140,9 @@ def read_resources(cubin: bytes, dynamic_smem: int) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", run.stdout)
     if not found:
         raise CompileError(f"cuobjdump gave no resource line: {_last_lines(run.stdout + run.stderr)}")
-    registers, stack, shared, local = map(int, found.groups())
-    return Resources(registers, stack + local, shared + dynamic_smem, len(cubin))
+    registers, stack, _, local = map(int, found.groups())
+    # Triton's shared memory is all dynamic; SHARED is the 1 KB of every block that sm_90 reserves.
+    return Resources(registers, stack + local, dynamic_smem, len(cubin))
 
 
 def _last_lines(text: str, count: int = 4) -> str:

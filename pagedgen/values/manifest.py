@@ -7,9 +7,10 @@ rendered source of each, for readers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pagedgen.errors import InvalidValue
+from pagedgen.values import codec
 from pagedgen.values.record import Record
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
@@ -75,3 +76,8 @@ class Manifest:
     host: str  # platform of the libraries: "linux-x86_64"
     kernels: tuple[KernelEntry, ...]
     files: tuple[FileEntry, ...]  # every file but the manifest itself
+    digest: str = ""  # content_digest(): an altered manifest is noticed as well
+
+    def content_digest(self) -> str:
+        """Content hash of everything but ``digest``."""
+        return codec.content_hash(replace(self, digest=""))

@@ -1,0 +1,290 @@
+"""``Attention``: the kernels of a pack, callable on a serving stack's own tensors."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+
+from pagedgen.errors import ArgumentError, SpecNotInPack
+from pagedgen.runtime.library import Library
+from pagedgen.runtime.pack import Pack, check_machine, open_pack
+from pagedgen.values.manifest import KernelEntry
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale
+
+TORCH_DTYPES = {
+    DType.F32: torch.float32,
+    DType.F16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.FP8_E4M3: torch.float8_e4m3fn,
+    DType.FP8_E5M2: torch.float8_e5m2,
+}
+MANY_MATCHES = 1024  # remembered (dtypes, shapes) of calls; serving has a handful
+
+
+class Workspaces:
+    """The workspaces of one kernel, made when first needed: one for each stream of a GPU or thread of a CPU.
+
+    A workspace grows by powers of two of num_seqs. What it outgrew is kept, because a captured CUDA graph may
+    hold its address; all of them together are no larger than the newest.
+    """
+
+    __slots__ = ("_current", "_library", "_outgrown")
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._current: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+        self._outgrown: list[torch.Tensor] = []
+
+    def take(self, num_seqs: int, device: torch.device) -> torch.Tensor:
+        """A zeroed, or properly left, workspace for a call on the current stream or thread."""
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            key = (device.index, stream.cuda_stream)
+        else:
+            key = (-1, threading.get_ident())
+        held = self._current.get(key)
+        if held is not None and held[0] >= num_seqs:
+            return held[1]
+        capacity = max(16, 1 << (num_seqs - 1).bit_length()) if num_seqs else 16
+        size = self._library.workspace_bytes(capacity)
+        workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return workspace  # belongs to the graph, which zeroes it at every replay
+        if held is not None:
+            self._outgrown.append(held[1])
+        self._current[key] = (capacity, workspace)
+        return workspace
+
+
+class Kernel:
+    """The kernels of one spec: its library, and what a call needs beside its arguments."""
+
+    __slots__ = ("decode", "entry", "library", "softmax_scale", "spec", "workspaces")
+
+    def __init__(self, entry: KernelEntry, library: Library) -> None:
+        self.entry, self.spec, self.library = entry, entry.spec, library
+        self.decode = library.decode
+        self.softmax_scale = entry.spec.head_dim**-0.5
+        self.workspaces = Workspaces(library)
+
+
+class Attention:
+    """A loaded pack: decode attention over a paged KV cache.
+
+    Calls go on torch's current stream and do not synchronise. They may be captured in a CUDA graph; call
+    :meth:`prepare`, or once eagerly, before.
+
+    Calls that may run at the same time need a workspace each. Where none is given, every stream (on a CPU
+    every thread) has its own; graphs captured on one stream and replayed at the same time on several should
+    be captured with a ``workspace`` each.
+    """
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        kernels = [Kernel(e, Library(pack.file(e.library))) for e in pack.manifest.kernels]
+        self._kernels = {kernel.spec: kernel for kernel in kernels}
+        self._only = kernels[0] if len(kernels) == 1 else None
+        self._matches: dict[tuple[object, ...], Kernel] = {}
+
+    @property
+    def specs(self) -> tuple[KernelSpec, ...]:
+        """The specs that the pack has kernels for."""
+        return tuple(self._kernels)
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+        spec: KernelSpec | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of one query token a sequence: ``softmax(q kᵀ · softmax_scale) v``.
+
+        Args:
+            q: ``[num_seqs, num_q_heads, head_dim]``, head_dim contiguous.
+            k: ``[num_blocks, block_size, num_kv_heads, head_dim]`` in logical order, any strides, innermost
+                as the spec's ``k_inner``; fp8 as its torch type or as uint8.
+            v: as k, head_dim contiguous.
+            block_table: int32 ``[num_seqs, max_blocks]``, the blocks of each sequence in order.
+            seq_lens: int32 ``[num_seqs]``, tokens of each sequence in the cache. Rows of length 0 are
+                padding: nothing is written for them, so what ``out`` held there stays.
+            out: where the result goes, as q; allocated if not given.
+            lse: float32 ``[num_seqs, num_q_heads]`` for the natural logarithm of the softmax sum, for kernels
+                with ``return_lse``; allocated if not given.
+            softmax_scale: ``head_dim ** -0.5`` if not given.
+            k_scale, v_scale: float32 dequantisation scales of an fp8 cache, ``[1]`` or ``[num_kv_heads]``.
+            workspace: uint8, at least :meth:`workspace_bytes`, zeroed once by its owner, used for nothing
+                else and always with the same size. The call allocates nothing if this and ``out`` are given.
+            max_seq_len: a bound on seq_lens that is known on the host; picks the kernel. What the block table
+                can hold if not given.
+            spec: which kernel, where the pack has several that fit the tensors.
+
+        Returns:
+            ``out``, or ``(out, lse)`` if the kernel returns an LSE.
+
+        Raises:
+            ArgumentError: an argument is not as above; names it, its value and what is allowed. Nothing ran.
+            SpecNotInPack: no kernel, or more than one, for these tensors.
+        """
+        kernel = self._only if spec is None else self._kernels.get(spec)
+        if kernel is None:
+            kernel = self._find(q, k, lse, k_scale, spec)
+        if max_seq_len is None:
+            if block_table.ndim != 2:
+                shape = list(block_table.shape)
+                raise ArgumentError(
+                    f"block_table.shape = {shape}: rank 2 is expected, [num_seqs, max_blocks]"
+                )
+            max_seq_len = block_table.shape[1] * kernel.spec.block_size
+        if out is None:
+            out = torch.empty_like(q)
+        returns_lse = kernel.spec.return_lse
+        if returns_lse and lse is None:
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        if workspace is None:
+            workspace = kernel.workspaces.take(q.shape[0] if q.ndim else 0, q.device)
+        kernel.decode(
+            q,
+            k,
+            v,
+            block_table,
+            seq_lens,
+            out,
+            lse,
+            kernel.softmax_scale if softmax_scale is None else softmax_scale,
+            k_scale,
+            v_scale,
+            workspace,
+            max_seq_len,
+            -1,
+        )
+        if returns_lse:
+            assert lse is not None
+            return out, lse
+        return out
+
+    def workspace_bytes(self, num_seqs: int, spec: KernelSpec | None = None) -> int:
+        """Bytes of workspace for up to ``num_seqs`` sequences with one spec, or with any of the pack's.
+
+        A workspace serves one spec: what kernels of another leave in it is not what this one expects.
+
+        Raises:
+            SpecNotInPack: no kernel for ``spec``.
+        """
+        kernels = self._kernels.values() if spec is None else [self.kernel(spec)]
+        return max(kernel.library.workspace_bytes(num_seqs) for kernel in kernels)
+
+    def kernel(self, spec: KernelSpec) -> Kernel:
+        """The kernels of one spec.
+
+        Raises:
+            SpecNotInPack: there are none.
+        """
+        try:
+            return self._kernels[spec]
+        except KeyError:
+            raise SpecNotInPack(f"spec = {spec.name}: {self._known()}") from None
+
+    def prepare(self, device: torch.device | str | int = 0) -> None:
+        """Load every kernel onto a GPU, which otherwise happens in the first call of each; no-op on a CPU."""
+        if self.pack.manifest.kind == "cpu":
+            return
+        index = torch.device(device).index or 0
+        for kernel in self._kernels.values():
+            kernel.library.prepare(index)
+
+    def _known(self) -> str:
+        return f"the pack holds {', '.join(spec.name for spec in self._kernels)}"
+
+    def _find(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        lse: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        spec: KernelSpec | None,
+    ) -> Kernel:
+        """The kernel that fits the tensors; what it found is remembered."""
+        if spec is not None:
+            return self.kernel(spec)
+        strides = k.stride()
+        scales = 0 if k_scale is None else k_scale.numel()
+        inner = (strides[-1:] == (1,), strides[1:2] == (1,))
+        key = (q.dtype, k.dtype, q.shape[1:], k.shape[1:], inner, lse is None, scales)
+        kernel = self._matches.get(key)
+        if kernel is None:
+            kernel = self._match(q, k, lse, k_scale)
+            if len(self._matches) >= MANY_MATCHES:
+                self._matches.clear()
+            self._matches[key] = kernel
+        return kernel
+
+    def _match(
+        self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, k_scale: torch.Tensor | None
+    ) -> Kernel:
+        if q.ndim != 3:
+            raise ArgumentError(
+                f"q.shape = {list(q.shape)}: rank 3 is expected, [num_seqs, num_q_heads, head_dim]"
+            )
+        if k.ndim != 4:
+            pool = "[num_blocks, block_size, num_kv_heads, head_dim]"
+            raise ArgumentError(f"k.shape = {list(k.shape)}: rank 4 is expected, {pool}")
+        fits = [kernel for kernel in self._kernels.values() if _fits(kernel.spec, q, k)]
+        if lse is not None:
+            fits = [kernel for kernel in fits if kernel.spec.return_lse]
+        elif not all(kernel.spec.return_lse for kernel in fits):
+            fits = [kernel for kernel in fits if not kernel.spec.return_lse]
+        if k_scale is not None and len(fits) > 1:
+            per_head = k_scale.numel() > 1
+            fits = [kernel for kernel in fits if (kernel.spec.kv_scale is KVScale.HEAD) == per_head]
+        if len(fits) == 1:
+            return fits[0]
+        what = (
+            f"q {q.dtype} {list(q.shape)}, k {k.dtype} {list(k.shape)} with strides {list(k.stride())}"
+            f"{'' if lse is None else ', lse wanted'}"
+        ).replace("torch.", "")
+        if fits:
+            names = ", ".join(kernel.spec.name for kernel in fits)
+            raise SpecNotInPack(f"{what}: {names} all fit; say which as spec=")
+        raise SpecNotInPack(f"{what}: no kernel fits; {self._known()}")
+
+
+def _fits(spec: KernelSpec, q: torch.Tensor, k: torch.Tensor) -> bool:
+    if q.dtype != TORCH_DTYPES[spec.q_dtype] or tuple(q.shape[1:]) != (spec.num_q_heads, spec.head_dim):
+        return False
+    if k.dtype != TORCH_DTYPES[spec.kv_dtype] and not (spec.kv_dtype.is_fp8 and k.dtype == torch.uint8):
+        return False
+    if tuple(k.shape[1:]) != (spec.block_size, spec.num_kv_heads, spec.head_dim):
+        return False
+    if spec.k_inner is KInner.TOKEN:
+        return k.stride(1) == 1 or spec.block_size == 1
+    return k.stride(3) == 1
+
+
+def load(path: Path | str) -> Attention:
+    """Load a pack: check every file of it and that it is for this machine, and open its libraries.
+
+    Example::
+
+        attention = pagedgen.load("llama-3-8b.h100.pack")
+        out = attention.decode(q, k, v, block_table, seq_lens)
+
+    Raises:
+        PackDamaged: a file is missing, truncated or altered; names it.
+        PackForeign: for another architecture, platform, format or major version.
+    """
+    pack = open_pack(path)
+    check_machine(pack)
+    return Attention(pack)

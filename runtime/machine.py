@@ -1,0 +1,75 @@
+"""What this machine can run: platform, instruction-set level of its CPU, compute capabilities of its GPUs."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
+V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+# Flags of /proc/cpuinfo that code compiled for a level relies on, best level first. V3 and V4 are the levels
+# of the x86-64 psABI.
+CPU_LEVELS: dict[str, frozenset[str]] = {
+    "x86_64-avx512bf16": V4 | {"avx512_bf16", "avx512vbmi", "avx512_vbmi2"},
+    "x86_64-avx512": V4,
+    "x86_64-avx2": V3,
+    "aarch64-neon": frozenset({"asimd", "fphp", "asimdhp"}),
+}
+
+
+def host() -> str:
+    """The platform that a library's file format and calling convention are of: ``linux-x86_64``."""
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    return f"{sys.platform}-{machine}"
+
+
+@cache
+def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
+    """Instruction-set flags of the first processor, as Linux names them; empty where they cannot be read."""
+    try:
+        text = Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def cpu_runs(arch: str, machine: str | None = None, flags: Iterable[str] | None = None) -> bool:
+    """Whether a processor (by default this one) has all that code of level ``arch`` uses."""
+    machine = host().rpartition("-")[2] if machine is None else machine
+    have = cpu_flags() if flags is None else frozenset(flags)
+    return arch in CPU_LEVELS and arch.startswith(f"{machine}-") and CPU_LEVELS[arch] <= have
+
+
+def cpu_arch(machine: str | None = None, flags: Iterable[str] | None = None) -> str | None:
+    """The best level that a processor (by default this one) runs; None if it runs none."""
+    have = cpu_flags() if flags is None else frozenset(flags)
+    return next((arch for arch in CPU_LEVELS if cpu_runs(arch, machine, have)), None)
+
+
+def gpu_runs(arch: str, capability: tuple[int, int], *, machine_code: bool = True, ptx: bool = True) -> bool:
+    """Whether a GPU of a compute capability runs kernels compiled for ``arch`` (``sm_80``).
+
+    Machine code runs within its major architecture, on the same or a later minor one; PTX, through the
+    driver's compiler, on any later architecture (CUDA C++ Programming Guide, binary and PTX compatibility).
+    """
+    built = divmod(int(arch.removeprefix("sm_")), 10)
+    if machine_code and capability[0] == built[0] and capability[1] >= built[1]:
+        return True
+    return ptx and capability >= built
+
+
+def gpu_capabilities() -> tuple[tuple[int, int], ...]:
+    """Compute capabilities of the CUDA GPUs that this process sees; empty without any."""
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
