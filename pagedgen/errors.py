@@ -194,9 +194,17 @@ class SequenceNotSwapped(SequenceError):
     """The sequence is not in host memory."""
 
 
+class SequenceNotComputed(SequenceError):
+    """The call would copy KV that the present step has not computed yet."""
+
+
 class SequenceTwice(SequenceError):
     """One call names the sequence twice."""
 
 
 class SequenceTooLong(SequenceError):
     """The sequence would pass ``max_seq_len``; nothing was changed."""
+
+
+class UnknownPin(PagedgenError, LookupError):
+    """No such pin, or it was undone before."""

@@ -1,0 +1,939 @@
+"""``BlockManager``: sequences over a pool of KV blocks. It decides; the KV cache moves the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagedgen.errors import (
+    FreedTwice,
+    InvalidLength,
+    InvalidPool,
+    InvalidPriority,
+    InvalidSalt,
+    InvalidTokens,
+    OutOfBlocks,
+    SequenceNotComputed,
+    SequenceTooLong,
+    UnknownPin,
+)
+from pagedgen.runtime.arrays import EMPTY, I32, I64, U64, Bool
+from pagedgen.runtime.block_pool import PRIORITIES, BlockPool
+from pagedgen.runtime.fingerprint import ExtraKey, Salt, check_extra, check_salt, token_array
+from pagedgen.runtime.layer_group import LayerGroup
+from pagedgen.runtime.prefix_cache import PrefixCache, PrefixMatch, Proof
+from pagedgen.runtime.sequence_table import SequenceTable
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A new sequence: its first ``num_tokens`` tokens have slots, the KV of ``num_cached`` of them is there.
+
+    The caller computes tokens ``num_cached .. num_tokens`` and passes the rest of the prompt, if any, to
+    :meth:`BlockManager.extend`.
+    """
+
+    seq: int
+    num_cached: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where one new token of each sequence goes.
+
+    ``rows`` int64 ``[n]`` of the block table; ``positions`` int32 ``[n]``; ``slots`` int64
+    ``[num_groups, n]``: block * block_size + offset.
+    """
+
+    rows: I64
+    positions: I32
+    slots: I64
+
+
+@dataclass(slots=True)
+class Request:
+    """What a sequence was admitted with."""
+
+    root: tuple[int, int]
+    extra: tuple[ExtraKey, ...]
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class TailPlan:
+    """Rows of one group whose last block has to be copied before they write, and blocks that stay.
+
+    ``group`` -1: just the rows whose mark is settled by the call.
+    """
+
+    group: int
+    rows: I64
+    shared: I32
+    kept: I32
+    needed: int
+
+
+class BlockManager:
+    """Paged KV memory for many sequences (Kwon et al., "PagedAttention", 2023).
+
+    All state is in numpy arrays and every call is a fixed number of numpy operations on them, so a
+    decode step costs what changes, not what is stored. Handles of sequences are integers.
+
+    The contract with the caller, each step: call the methods here, then :meth:`take_copies` once, run those
+    copies, then one forward pass that writes the KV of all new tokens (each layer before it attends). Under
+    this contract full blocks are shared from the moment their last token is known. A call that raises has
+    changed nothing.
+
+    Args:
+        num_blocks: blocks of the pool, at most 2^24 - 1.
+        block_size: tokens a block, any number from 1.
+        max_num_seqs: sequences at a time, swapped out ones included.
+        max_seq_len: tokens of the longest sequence.
+        windows: one entry a group of layers: its sliding window in tokens, or None for full attention.
+        prefix_caching: reuse blocks of equal prefixes.
+        match_unit: partial matches of a block are rounded down to a multiple of this many tokens.
+        lookahead: slots that are always there beyond a sequence's end, for drafted tokens.
+        watermark: share of the pool that admission leaves free while others run, against preemption.
+        verify_tokens: prove every prefix hit token by token; see :class:`PrefixCache`.
+        secret: fixes the fingerprints' keys; None (safer): random.
+
+    Raises:
+        InvalidPool: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        max_num_seqs: int = 256,
+        max_seq_len: int = 8192,
+        windows: Sequence[int | None] = (None,),
+        prefix_caching: bool = True,
+        match_unit: int = 1,
+        lookahead: int = 0,
+        watermark: float = 0.01,
+        verify_tokens: bool = False,
+        secret: bytes | None = None,
+    ) -> None:
+        _check_int("block_size", block_size, 1, 1 << 16)
+        _check_int("max_seq_len", max_seq_len, 1, 1 << 27)
+        _check_int("match_unit", match_unit, 1, block_size)
+        _check_int("lookahead", lookahead, 0, 1 << 16)
+        if not isinstance(watermark, float | int) or not 0 <= watermark < 1:
+            raise InvalidPool("watermark", watermark, "a share from 0 up to, not including, 1 is allowed")
+        if not 1 <= len(windows) <= 255:
+            raise InvalidPool("windows", windows, "1 to 255 groups are allowed")
+        for window in windows:
+            if window is not None:
+                _check_int("windows", window, 1, 1 << 27)
+        self.block_size, self.max_seq_len, self.lookahead = block_size, max_seq_len, lookahead
+        self.windows = tuple(windows)
+        self.pool = BlockPool(num_blocks)
+        self.seqs = SequenceTable(max_num_seqs)
+        self.max_blocks = -(-(max_seq_len + lookahead) // block_size)
+        self.groups = [LayerGroup(max_num_seqs, self.max_blocks, window) for window in windows]
+        self.cache: PrefixCache | None = None
+        if prefix_caching:
+            self.cache = PrefixCache(
+                num_blocks, block_size, max_seq_len, windows, match_unit, verify_tokens, secret
+            )
+        self.watermark_blocks = int(watermark * num_blocks)
+        rows = max_num_seqs
+        self.seq_lens: I32 = np.zeros(rows, np.int32)
+        self._capacity: I32 = np.zeros(rows, np.int32)  # tokens that the row's blocks can hold
+        # The last block may be shared or in the cache: look before writing into it.
+        self._check_tail: Bool = np.zeros(rows, np.bool_)
+        self._num_check_tail = 0  # an upper bound on how many rows are marked so
+        # Fingerprints of all of a sequence and of its full blocks, in two lanes.
+        self._sum_a: U64 = np.zeros(rows, np.uint64)
+        self._sum_b: U64 = np.zeros(rows, np.uint64)
+        self._base_a: U64 = np.zeros(rows, np.uint64)
+        self._base_b: U64 = np.zeros(rows, np.uint64)
+        self._base_identity: I64 = np.zeros(rows, np.int64)  # of the full blocks, when tokens are verified
+        # Tokens of the last block and the one before; those from position _recent_from[row] are there.
+        self._recent: I32 = np.zeros((rows, 2, block_size), np.int32)
+        self._recent_blocks = self._recent.reshape(2 * rows, block_size)
+        self._recent_flat = self._recent.reshape(-1)
+        self._recent_from: I32 = np.zeros(rows, np.int32)
+        # Rows whose fingerprint was lost by cutting far back into a block: they enter nothing in the cache.
+        self._unhashed: set[int] = set()
+        # The step that last gave slots to new tokens of a row; KV of the present step is not written yet.
+        self._step = 1
+        self._step_of: I64 = np.zeros(rows, np.int64)
+        # Rows that have extra content at or behind their end: chunked prefill, or a cut.
+        self._extra_ahead: set[int] = set()
+        self._requests: dict[int, Request] = {}
+        self._copies: dict[int, int] = {}  # destination block -> source block, for the next take_copies
+        self._pins: dict[int, I32] = {}
+        self._next_pin = 0
+        self._any_priority = False
+        self._windowed = any(window is not None for window in windows)
+
+    # Admission
+
+    def match(
+        self, tokens: Sequence[int] | I32 | I64, salt: Salt = None, extra: Sequence[ExtraKey] = ()
+    ) -> PrefixMatch:
+        """Fingerprint a prompt and look up what of it is cached. Changes nothing; see :meth:`allocate`.
+
+        Raises:
+            InvalidTokens: empty, longer than max_seq_len, or not token ids.
+            InvalidSalt: a salt or extra key of the wrong type.
+        """
+        prompt = token_array(tokens)
+        if not 1 <= prompt.size <= self.max_seq_len:
+            raise InvalidTokens("tokens", f"{prompt.size} tokens", f"1 to {self.max_seq_len} are allowed")
+        check_salt(salt)
+        checked = check_extra(extra)
+        if self.cache is None:
+            none = np.empty(0, np.uint64)
+            groups = len(self.groups)
+            return PrefixMatch(
+                prompt, (0, 0), (), (none, none), (EMPTY,) * groups, 0, (0,) * groups, 0, (), 0
+            )
+        for item in checked:
+            if item.position >= prompt.size:
+                allowed = f"a position inside the prompt of {prompt.size} tokens is allowed"
+                raise InvalidSalt("extra.position", item.position, allowed)
+        return self.cache.match(prompt, self.cache.fingerprinter.root(salt), checked)
+
+    def can_allocate(
+        self, prompt: PrefixMatch | Sequence[int] | I32, max_new_tokens: int | None = None
+    ) -> bool:
+        """Whether :meth:`allocate` of the same would succeed now."""
+        match = prompt if isinstance(prompt, PrefixMatch) else self.match(prompt)
+        if self.cache is not None and not self.cache.still_holds(match):
+            match = self.cache.match(match.tokens, match.root, match.extra)
+        end = self._first_end(match, max_new_tokens)
+        return len(self.seqs) < self.seqs.max_num_seqs and self._shortage(match, end) is None
+
+    def allocate(
+        self,
+        prompt: PrefixMatch | Sequence[int] | I32 | I64,
+        *,
+        salt: Salt = None,
+        extra: Sequence[ExtraKey] = (),
+        max_new_tokens: int | None = None,
+        priority: int = 0,
+    ) -> Admission:
+        """Admit a sequence with a prompt, or the first piece of it.
+
+        Args:
+            prompt: token ids, or what :meth:`match` returned for them (then salt and extra are in it).
+            salt: sequences share blocks only under equal salts (tenant, LoRA adapter).
+            extra: content behind placeholder tokens (images).
+            max_new_tokens: chunked prefill: admit at most this many tokens beyond the cached ones.
+            priority: 0 to 3; cached blocks of lower priority are evicted first.
+
+        Raises:
+            InvalidTokens, InvalidSalt, InvalidPriority: naming the argument.
+            OutOfBlocks: the pool has too few free blocks (watermark included).
+            TooManySequences: no row is free.
+        """
+        if type(priority) is not int or not 0 <= priority < PRIORITIES:
+            raise InvalidPriority("priority", priority, f"0 to {PRIORITIES - 1} is allowed")
+        match = prompt if isinstance(prompt, PrefixMatch) else self.match(prompt, salt, extra)
+        if self.cache is not None and not self.cache.still_holds(match):
+            match = self.cache.match(match.tokens, match.root, match.extra)
+        end = self._first_end(match, max_new_tokens)
+        self.seqs.check_room(1)
+        shortage = self._shortage(match, end)
+        if shortage is not None:
+            raise shortage
+        seq, row = self.seqs.add()
+        self._requests[row] = Request(match.root, match.extra, priority)
+        self._any_priority |= priority > 0
+        for group, found, first in zip(self.groups, match.found, match.firsts, strict=True):
+            hits = found[first : match.num_blocks]
+            self.pool.share(hits)
+            group.set_row(row, first, hits)
+            group.starts[row] = first
+            if priority:
+                self.pool.priority[hits] = np.maximum(self.pool.priority.take(hits), priority)
+        self._capacity[row] = match.num_blocks * self.block_size
+        sources = np.array(match.sources, np.int32)
+        self.pool.share(sources)  # nobody may take them before they are copied
+        self._grow(row, end)
+        if match.partial:
+            self._add_copies(
+                np.array([g.table[row, match.num_blocks] for g in self.groups], np.int32), sources
+            )
+        first_block = match.num_blocks
+        self._recent_from[row] = 0
+        if self.cache is not None:
+            self._base_a[row], self._base_b[row] = match.root
+            if first_block:
+                last = first_block * self.block_size - 1
+                self._base_a[row], self._base_b[row] = match.sums[0][last], match.sums[1][last]
+            if self.cache.exact is not None:
+                exact = self.cache.exact
+                held = [int(found[first_block - 1]) for found in match.found if first_block]
+                self._base_identity[row] = exact.identity(max(held)) if held else exact.root(match.root)
+            # Found behind the first gap: a block of the same content may be there, so it is looked for.
+            fresh = not any((found[first_block:] >= 0).any() for found in match.found)
+            self._enter(row, first_block, end, match.tokens, 0, match.sums, 0, fresh)
+        self._step_of[row] = self._step
+        self._remember(row, match.tokens[:end], 0, end)
+        self.seq_lens[row] = end
+        self._look_for_extra(row)
+        self._set_tail(row)
+        return Admission(seq, match.num_tokens, end)
+
+    def extend(self, seq: int, tokens: Sequence[int] | I32 | I64) -> None:
+        """Give slots to further tokens of one sequence: the next piece of a prompt.
+
+        Raises:
+            SequenceTooLong: it would pass max_seq_len.
+            OutOfBlocks, InvalidTokens, and see :meth:`SequenceTable.resident_row`.
+        """
+        row = self.seqs.resident_row(seq)
+        new = token_array(tokens)
+        start = int(self.seq_lens[row])
+        end = start + new.size
+        if not new.size:
+            raise InvalidTokens("tokens", "0 tokens", "at least 1 is allowed")
+        if end > self.max_seq_len:
+            raise SequenceTooLong(seq, f"of {start} tokens and {new.size} more: at most {self.max_seq_len}")
+        rows = np.array([row], np.int64)
+        writes = self._plan_tails(rows, start % self.block_size != 0)
+        grow = (self._blocks_for(end) - int(self._capacity[row]) // self.block_size) * len(self.groups)
+        needed = max(0, grow) + sum(w.needed for w in writes)
+        if needed > self.pool.num_free:
+            raise OutOfBlocks(needed, self.pool.num_free)
+        self._own_tails(writes)
+        self._grow(row, end)
+        first = start // self.block_size
+        buffer = np.concatenate((self._recent[row, first & 1, : start % self.block_size], new))
+        if self.cache is not None:
+            a, b = self.cache.fingerprinter.terms(new, start, self._requests[row].extra)
+            a[:1] += self._sum_a[row : row + 1]
+            b[:1] += self._sum_b[row : row + 1]
+            self._enter(row, first, end, buffer, first * self.block_size, (a.cumsum(), b.cumsum()), start)
+        if self._windowed:
+            self._release_windows(rows, np.array([start], np.int32))
+        self._step_of[row] = self._step
+        self._remember(row, buffer, first * self.block_size, end)
+        self.seq_lens[row] = end
+        self._look_for_extra(row)
+        self._set_tail(row)
+
+    # Decoding
+
+    def append_step(self, seqs: Sequence[int] | I64, tokens: Sequence[int] | I32 | I64) -> Step:
+        """Append one token to each of many sequences.
+
+        Raises:
+            InvalidTokens: not one token id for each sequence.
+            SequenceTooLong: one would pass max_seq_len.
+            OutOfBlocks, and see :meth:`SequenceTable.rows`.
+        """
+        rows = self.seqs.rows(seqs)
+        new = token_array(tokens)
+        if new.size != rows.size:
+            raise InvalidTokens("tokens", f"{new.size} tokens", f"one for each of {rows.size} sequences")
+        size = self.block_size
+        positions = self.seq_lens.take(rows)
+        if rows.size and int(positions.max()) >= self.max_seq_len:
+            seq = int(np.asarray(seqs)[positions.argmax()])
+            raise SequenceTooLong(seq, f"has {self.max_seq_len} tokens, the most that are allowed")
+        columns = positions // size
+        offsets = positions - columns * size
+        # Everything that takes blocks is counted before anything is changed.
+        capacity = self._capacity.take(rows)
+        short = np.flatnonzero(capacity <= positions + self.lookahead)
+        grow = np.zeros(0, np.int64)
+        needed = 0
+        if short.size:
+            grow = (positions.take(short) + self.lookahead - capacity.take(short)) // size + 1
+            needed = int(grow.sum()) * len(self.groups)
+        writes = self._plan_tails(rows, offsets != 0) if self._num_check_tail else []
+        needed += sum(w.needed for w in writes)
+        if needed > self.pool.num_free:
+            raise OutOfBlocks(needed, self.pool.num_free)
+        self._own_tails(writes)
+        if short.size:
+            self._grow_rows(rows.take(short), capacity.take(short) // size, grow)
+        opened = np.flatnonzero(offsets == 0)
+        if opened.size:
+            at, column = rows.take(opened), columns.take(opened)
+            for group in self.groups:
+                group.tails[at] = group.get(at, column)
+            self._recent_from[at] = np.maximum(self._recent_from.take(at), (column - 1) * size)
+        slots = np.empty((len(self.groups), rows.size), np.int64)
+        for group, out in zip(self.groups, slots, strict=True):
+            np.multiply(group.tails.take(rows), size, out=out, dtype=np.int64)
+            out += offsets
+        halves = rows * 2 + (columns & 1)
+        self._recent_flat[halves * size + offsets] = new
+        if self.cache is not None:
+            x = new.astype(np.uint64)
+            x += np.uint64(1)
+            keys = self.cache.fingerprinter.keys
+            a = self._sum_a.take(rows) + x * keys[0].take(positions)
+            b = self._sum_b.take(rows) + x * keys[1].take(positions)
+            if self._extra_ahead:
+                self._add_extra(rows, positions, a, b)
+            self._sum_a[rows] = a
+            self._sum_b[rows] = b
+            full = np.flatnonzero(offsets == size - 1)
+            if full.size:
+                self._enter_full(rows.take(full), a.take(full), b.take(full), halves.take(full))
+        self.seq_lens[rows] = positions + np.int32(1)
+        if self._windowed:
+            self._release_windows(rows, positions)
+        self._step_of[rows] = self._step
+        return Step(rows, positions, slots)
+
+    def blocks_needed(self, seqs: Sequence[int] | I64) -> int:
+        """Free blocks that :meth:`append_step` of these sequences would need now.
+
+        Raises:
+            See :meth:`SequenceTable.rows`.
+        """
+        rows = self.seqs.rows(seqs)
+        positions, capacity = self.seq_lens.take(rows), self._capacity.take(rows)
+        short = capacity <= positions + self.lookahead
+        grow = (positions[short] + self.lookahead - capacity[short]) // self.block_size + 1
+        writes = self._plan_tails(rows, positions % self.block_size != 0)
+        return int(grow.sum()) * len(self.groups) + sum(w.needed for w in writes)
+
+    # The end of a sequence, and copies of it
+
+    def free(self, seq: int) -> None:
+        """End a sequence. Its blocks are free; their content stays reusable until they are taken.
+
+        Raises:
+            FreedTwice: it was freed before.
+            UnknownSequence: there never was one.
+        """
+        row = self.seqs.row(seq, freed=FreedTwice)
+        length = int(self.seq_lens[row])
+        fill = length % self.block_size
+        if fill and self.cache is not None:
+            self._enter_tail(row, fill)
+        count = int(self._capacity[row]) // self.block_size
+        for group in self.groups:
+            # Last block first: what is evicted first is then what can only be reused after the rest.
+            self._drop(row, group.table[row, int(group.starts[row]) : count][::-1])
+        self._clear_tail_check(row)
+        self._unhashed.discard(row)
+        self._extra_ahead.discard(row)
+        del self._requests[row]
+        self.seq_lens[row] = 0
+        self._capacity[row] = 0
+        self.seqs.remove(row)
+
+    def fork(self, seq: int, n: int = 1) -> list[int]:
+        """``n`` new sequences with the same tokens, which share all blocks.
+
+        The last block, if it is not full, is copied when one of its owners writes into it (copy-on-write).
+
+        Raises:
+            TooManySequences: fewer than ``n`` rows are free.
+            InvalidPool: ``n`` is below 1.
+            See :meth:`SequenceTable.resident_row`.
+        """
+        _check_int("n", n, 1, 1 << 20)
+        row = self.seqs.resident_row(seq)
+        self.seqs.check_room(n)
+        length = int(self.seq_lens[row])
+        count = -(-length // self.block_size)  # not the lookahead blocks: they are its own
+        spans = [(g, int(g.starts[row]), g.table[row, int(g.starts[row]) : count]) for g in self.groups]
+        for _, _, blocks in spans:
+            self.pool.share(blocks, n)
+        children = []
+        state = (
+            self.seq_lens, self._sum_a, self._sum_b, self._base_a, self._base_b, self._base_identity,
+            self._recent, self._recent_from, self._step_of,
+        )  # fmt: skip
+        for _ in range(n):
+            child, at = self.seqs.add()
+            for array in state:
+                array[at] = array[row]
+            for group, first, blocks in spans:
+                group.set_row(at, first, blocks)
+                group.starts[at] = first
+                group.tails[at] = group.tails[row]
+            self._capacity[at] = count * self.block_size
+            self._requests[at] = self._requests[row]
+            for marked in (self._unhashed, self._extra_ahead):
+                if row in marked:
+                    marked.add(at)
+            children.append(child)
+            if length % self.block_size:
+                self._mark_tail_check(at)
+        if length % self.block_size:
+            self._mark_tail_check(row)
+        return children
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Cut a sequence back to its first ``length`` tokens (rejected drafts).
+
+        Cutting within the last two blocks is the fast and usual case. Farther back inside a block, the
+        sequence's fingerprint is lost, and what it appends later does not enter the prefix cache.
+
+        Raises:
+            InvalidLength: below 0, above the present length, or behind blocks that a sliding window released.
+            See :meth:`SequenceTable.resident_row`.
+        """
+        row = self.seqs.resident_row(seq)
+        now = int(self.seq_lens[row])
+        if type(length) is not int or not 0 <= length <= now:
+            raise InvalidLength("length", length, f"0 to {now}, the present length, is allowed")
+        for group in self.groups:
+            if group.window is not None and group.starts[row]:
+                least = int(group.starts[row]) * self.block_size + group.window - 1
+                if length < least:
+                    allowed = f"at least {least}: blocks behind the window of {group.window} are released"
+                    raise InvalidLength("length", length, allowed)
+        if length == now:
+            return
+        if self.cache is not None:
+            self._rewind(row, now, length)
+        have = int(self._capacity[row]) // self.block_size
+        keep = min(have, -(-length // self.block_size))
+        for group in self.groups:
+            self._drop(row, group.table[row, max(keep, int(group.starts[row])) : have][::-1])
+        self._capacity[row] = keep * self.block_size
+        self.seq_lens[row] = length
+        self._look_for_extra(row)
+        self._set_tail(row)
+        if length % self.block_size:
+            self._mark_tail_check(row)
+
+    # Reading
+
+    def slots(self, seq: int, start: int, stop: int, group: int = 0) -> I64:
+        """Slots of tokens ``start .. stop`` of a sequence: int64, block * block_size + offset.
+
+        Raises:
+            InvalidLength: outside the sequence (``lookahead`` slots beyond its end included).
+            See :meth:`SequenceTable.resident_row`.
+        """
+        row = self.seqs.resident_row(seq)
+        size = self.block_size
+        first = int(self.groups[group].starts[row]) * size
+        if not first <= start <= stop <= int(self._capacity[row]):
+            raise InvalidLength(
+                "start, stop", (start, stop), f"{first} to {int(self._capacity[row])} are allowed"
+            )
+        blocks = self.groups[group].table[row, start // size : -(-stop // size)].astype(np.int64)
+        slots = (blocks[:, None] * size + np.arange(size)).reshape(-1)
+        return slots[start % size : start % size + stop - start]
+
+    def length(self, seq: int) -> int:
+        """Tokens of a sequence."""
+        return int(self.seq_lens[self.seqs.row(seq)])
+
+    def blocks(self, seq: int, group: int = 0) -> I32:
+        """Blocks of a sequence's tokens, int32; 0 before the first that a sliding window still holds."""
+        row = self.seqs.resident_row(seq)
+        count = -(-int(self.seq_lens[row]) // self.block_size)
+        blocks = self.groups[group].table[row, :count].copy()
+        blocks[: int(self.groups[group].starts[row])] = 0
+        return blocks
+
+    def take_copies(self) -> I32:
+        """Block copies to run before this step's forward pass: int32 ``[n, 2]`` of (source, destination).
+
+        Call it once a step, right before the forward pass: what was admitted and appended until now counts as
+        computed from here on.
+
+        No block is a source and a destination, and no destination appears twice, so that all may run in
+        one launch in any order.
+        """
+        self._step += 1
+        if self.cache is not None:
+            self.cache.settle()
+        if not self._copies:
+            return np.empty((0, 2), np.int32)
+        copies = np.array([(s, d) for d, s in self._copies.items()], np.int32)
+        self._copies = {}
+        sources, counts = np.unique(copies[:, 0], return_counts=True)
+        self._release(sources, counts.astype(np.int32))
+        return copies
+
+    # Pins
+
+    def pin(self, seq: int) -> int:
+        """Keep the full blocks of a sequence from eviction beyond its end (a system prompt); see unpin.
+
+        Raises:
+            See :meth:`SequenceTable.resident_row`.
+        """
+        row = self.seqs.resident_row(seq)
+        count = int(self.seq_lens[row]) // self.block_size
+        blocks = np.concatenate([g.table[row, int(g.starts[row]) : count] for g in self.groups])
+        self.pool.share(blocks)
+        self._next_pin += 1
+        self._pins[self._next_pin] = blocks
+        return self._next_pin
+
+    def unpin(self, pin: int) -> None:
+        """Undo one :meth:`pin`.
+
+        Raises:
+            UnknownPin: no such pin, or it was undone before.
+        """
+        if pin not in self._pins:
+            raise UnknownPin(f"pin {pin!r} is unknown or was undone before")
+        self._release(self._pins.pop(pin)[::-1])
+
+    # Inside
+
+    def _first_end(self, match: PrefixMatch, max_new_tokens: int | None) -> int:
+        size = int(match.tokens.size)
+        if max_new_tokens is None:
+            return size
+        _check_int("max_new_tokens", max_new_tokens, 1, 1 << 31)
+        return min(size, match.num_tokens + max_new_tokens)
+
+    def _blocks_for(self, length: int) -> int:
+        return -(-(length + self.lookahead) // self.block_size)
+
+    def _shortage(self, match: PrefixMatch, end: int) -> OutOfBlocks | None:
+        """Why the match cannot be admitted now, if so."""
+        needed = (self._blocks_for(end) - match.num_blocks) * len(self.groups)
+        free = self.pool.num_free
+        if len(self.seqs):
+            free -= self.watermark_blocks
+        for found, first in zip(match.found, match.firsts, strict=True):
+            free -= int((self.pool.refs.take(found[first : match.num_blocks]) == 0).sum())
+        free -= sum(int(self.pool.refs[source] == 0) for source in match.sources)
+        return OutOfBlocks(needed, max(0, free)) if needed > free else None
+
+    def _take(self, n: int) -> I32:
+        blocks, evicted = self.pool.take(n)
+        if evicted.size and self.cache is not None:
+            self.cache.forget(evicted)
+        return blocks
+
+    def _release(self, blocks: I32, owners: I32 | int = 1) -> None:
+        """Take owners from distinct blocks; those that lose their last one become free."""
+        freed = self.pool.drop(blocks, owners)
+        if self._copies and freed.size:
+            self._cancel_copies(freed)
+        if self.cache is None:
+            self.pool.discard(freed)
+            return
+        worth = self.cache.holds(freed)
+        if worth.all():
+            self.pool.retain(freed)
+        else:
+            self.pool.retain(freed[worth])
+            self.pool.discard(freed[~worth])
+
+    def _drop(self, row: int, blocks: I32) -> None:
+        """Release blocks of a row; what the present step would have computed leaves the cache."""
+        if self.cache is not None and self._step_of[row] == self._step:
+            mine = blocks[(self.pool.refs.take(blocks) == 1) & self.cache.holds(blocks)]
+            self.cache.forget(mine[self.cache.unwritten(mine)])
+        self._release(blocks)
+
+    def _cancel_copies(self, freed: I32) -> None:
+        """Blocks that were freed before a copy into them ran are copied into no more, and hold nothing."""
+        sources = [(block, self._copies.pop(block)) for block in freed.tolist() if block in self._copies]
+        if not sources:
+            return
+        if self.cache is not None:
+            garbage = np.array([block for block, _ in sources], np.int32)
+            self.cache.forget(garbage[self.cache.holds(garbage)])
+        for _, source in sources:
+            self._release(np.array([source], np.int32))
+
+    def _grow(self, row: int, end: int) -> None:
+        """Blocks for a sequence of ``end`` tokens."""
+        have = int(self._capacity[row]) // self.block_size
+        n = self._blocks_for(end) - have
+        if n <= 0:
+            return
+        blocks = self._take(n * len(self.groups))
+        priority = self._requests[row].priority
+        if priority:
+            self.pool.priority[blocks] = priority
+        for i, group in enumerate(self.groups):
+            group.set_row(row, have, blocks[i * n : (i + 1) * n])
+        self._capacity[row] = (have + n) * self.block_size
+
+    def _grow_rows(self, rows: I64, have: I32, grow: I32 | I64) -> None:
+        """``grow`` more blocks for each of several rows that have ``have``."""
+        self._capacity[rows] = (have + grow) * self.block_size
+        if (grow != 1).any():
+            counts = grow.astype(np.int64)
+            before = counts.cumsum() - counts
+            steps = np.arange(int(grow.sum())) - np.repeat(before, grow)
+            rows, have = np.repeat(rows, grow), np.repeat(have, grow) + steps.astype(np.int32)
+        n = rows.size
+        blocks = self._take(n * len(self.groups))
+        for i, group in enumerate(self.groups):
+            part = blocks[i * n : (i + 1) * n]
+            group.set(rows, have, part)
+            if self._any_priority:
+                self.pool.priority[part] = [self._requests[row].priority for row in rows.tolist()]
+
+    def _set_tail(self, row: int) -> None:
+        last = max(0, int(self.seq_lens[row]) - 1) // self.block_size
+        for group in self.groups:
+            group.tails[row] = group.table[row, last]
+
+    # Copy-on-write
+
+    def _mark_tail_check(self, row: int) -> None:
+        if not self._check_tail[row]:
+            self._check_tail[row] = True
+            self._num_check_tail += 1
+
+    def _clear_tail_check(self, row: int) -> None:
+        if self._check_tail[row]:
+            self._check_tail[row] = False
+            self._num_check_tail -= 1
+
+    def _plan_tails(self, rows: I64, inside: Bool | bool) -> list[TailPlan]:
+        """What writing into the last blocks of marked rows takes; changes nothing.
+
+        Of the owners of a shared block that write in this call, all copy it, except that the last one
+        keeps it when no other owner remains.
+        """
+        marked = self._check_tail.take(rows)
+        if not marked.any():
+            return []
+        plans = [TailPlan(-1, rows[marked], EMPTY, EMPTY, 0)]
+        rows = rows[marked & inside]
+        if not rows.size:
+            return plans
+        for index, group in enumerate(self.groups):
+            tails = group.tails.take(rows)
+            order = np.argsort(tails, kind="stable")
+            ordered = tails[order]
+            last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+            writers = np.diff(last, prepend=-1)
+            kept = last[writers == self.pool.refs.take(ordered[last])]
+            copied = np.ones(rows.size, np.bool_)
+            copied[kept] = False
+            at = rows[order][copied]
+            early = self._step_of.take(at) == self._step
+            if early.any():
+                seq = self.seqs.handle(int(at[early][0]))
+                raise SequenceNotComputed(
+                    seq, "shares tokens of this step: run it (take_copies) before appending"
+                )
+            plans.append(TailPlan(index, at, ordered[copied], ordered[kept], at.size))
+        return plans
+
+    def _own_tails(self, plans: list[TailPlan]) -> None:
+        """Make the last blocks of the planned rows their own and in no cache."""
+        for plan in plans:
+            if plan.group < 0:
+                self._check_tail[plan.rows] = False
+                self._num_check_tail -= plan.rows.size
+                continue
+            group = self.groups[plan.group]
+            if self.cache is not None and plan.kept.size:
+                self.cache.forget(plan.kept[self.cache.holds(plan.kept)])
+            if plan.needed:
+                blocks = self._take(plan.needed)
+                self.pool.priority[blocks] = self.pool.priority.take(plan.shared)
+                group.set(plan.rows, (self.seq_lens.take(plan.rows) - 1) // self.block_size, blocks)
+                group.tails[plan.rows] = blocks
+                self._add_copies(blocks, plan.shared)
+
+    def _add_copies(self, blocks: I32, sources: I32) -> None:
+        """Queue copies; the caller's ownership of the sources lasts until :meth:`take_copies`."""
+        for block, source in zip(blocks.tolist(), sources.tolist(), strict=True):
+            origin = self._copies.get(source, source)
+            if origin != source:  # a copy of a copy that has not run: read the original
+                self.pool.share(np.array([origin], np.int32))
+                self._copies[block] = origin
+                self._release(np.array([source], np.int32))
+            else:
+                self._copies[block] = source
+
+    # Prefix cache
+
+    def _enter(
+        self,
+        row: int,
+        first: int,
+        end: int,
+        buffer: I32,
+        buffer_start: int,
+        sums: tuple[U64, U64],
+        origin: int,
+        fresh: bool = False,
+    ) -> None:
+        """Register the blocks from ``first`` that a sequence of ``end`` tokens fills.
+
+        ``buffer`` holds tokens from position ``buffer_start``, ``sums`` fingerprints from ``origin``.
+        """
+        assert self.cache is not None
+        size = self.block_size
+        self._sum_a[row], self._sum_b[row] = sums[0][end - 1 - origin], sums[1][end - 1 - origin]
+        last = end // size
+        if last == first or row in self._unhashed:
+            return
+        ends = slice((first + 1) * size - 1 - origin, last * size - origin, size)
+        a, b = sums[0][ends], sums[1][ends]
+        parents = (
+            np.concatenate((self._base_a[row : row + 1], a[:-1])),
+            np.concatenate((self._base_b[row : row + 1], b[:-1])),
+        )
+        tokens = buffer[first * size - buffer_start : last * size - buffer_start].reshape(-1, size)
+        proof = None
+        if self.cache.exact is not None:
+            marks = self.cache.exact.marks(first * size, last - first, self._requests[row].extra)
+            proof = Proof(self._base_identity[row : row + 1], marks, chain=True)
+        blocks = [group.table[row, first:last] for group in self.groups]
+        identities = self.cache.register(blocks, (a, b), parents, tokens, size, fresh=fresh, proof=proof)
+        if identities is not None:
+            self._base_identity[row] = identities[-1]
+        self._base_a[row], self._base_b[row] = a[-1], b[-1]
+
+    def _enter_full(self, rows: I64, a: U64, b: U64, halves: I64) -> None:
+        """Register the last blocks of rows that one appended token has filled."""
+        assert self.cache is not None
+        if self._unhashed:
+            keep = np.array([row not in self._unhashed for row in rows.tolist()], np.bool_)
+            rows, a, b, halves = rows[keep], a[keep], b[keep], halves[keep]
+            if not rows.size:
+                return
+        tokens = self._recent_blocks.take(halves, axis=0)
+        blocks = [group.tails.take(rows) for group in self.groups]
+        parents = self._base_a.take(rows), self._base_b.take(rows)
+        proof = self._proof(rows) if self.cache.exact is not None else None
+        identities = self.cache.register(blocks, (a, b), parents, tokens, self.block_size, proof=proof)
+        if identities is not None:
+            self._base_identity[rows] = identities
+        self._base_a[rows] = a
+        self._base_b[rows] = b
+
+    def _enter_tail(self, row: int, fill: int) -> None:
+        """Register the partly full last block of a sequence that ends, if nobody else has it."""
+        assert self.cache is not None
+        blocks = [group.tails[row : row + 1] for group in self.groups]
+        for block in blocks:
+            if self.pool.refs[block[0]] != 1 or self.cache.holds(block)[0] or int(block[0]) in self._copies:
+                return
+        if row in self._unhashed or self.seqs.is_suspended(row) or self._step_of[row] == self._step:
+            return
+        at = np.array([row], np.int64)
+        half = (int(self.seq_lens[row]) - 1) // self.block_size & 1
+        tokens = self._recent[row, half : half + 1].copy()
+        tokens[:, fill:] = -1  # what was cut off is no content
+        sums = self._sum_a.take(at), self._sum_b.take(at)
+        parents = self._base_a.take(at), self._base_b.take(at)
+        proof = self._proof(at) if self.cache.exact is not None else None
+        self.cache.register(blocks, sums, parents, tokens, fill, proof=proof)
+
+    def _proof(self, rows: I64) -> Proof:
+        """Links and marks of the last block of each row."""
+        assert self.cache is not None and self.cache.exact is not None
+        marks = np.zeros(rows.size, np.int64)
+        for i, row in enumerate(rows.tolist()):
+            extra = self._requests[row].extra
+            if extra:
+                start = int(self.seq_lens[row]) // self.block_size * self.block_size
+                marks[i] = self.cache.exact.marks(start, 1, extra)[0]
+        return Proof(self._base_identity.take(rows), marks)
+
+    def _remember(self, row: int, buffer: I32, buffer_start: int, end: int) -> None:
+        """Keep the tokens of the last two blocks; ``buffer`` holds tokens from ``buffer_start``."""
+        size = self.block_size
+        last = (end - 1) // size
+        for block in (last - 1, last):
+            begin = block * size - buffer_start
+            if begin >= 0:
+                part = buffer[begin : min(begin + size, end - buffer_start)]
+                self._recent[row, block & 1, : part.size] = part
+        self._recent_from[row] = max(int(self._recent_from[row]), (last - 1) * size)
+
+    def _look_for_extra(self, row: int) -> None:
+        if any(item.position >= self.seq_lens[row] for item in self._requests[row].extra):
+            self._extra_ahead.add(row)
+        else:
+            self._extra_ahead.discard(row)
+
+    def _add_extra(self, rows: I64, positions: I32, a: U64, b: U64) -> None:
+        """Add to the lanes what extra content adds at ``positions``."""
+        assert self.cache is not None
+        for i, row in enumerate(rows.tolist()):
+            if row in self._extra_ahead:
+                more = self.cache.fingerprinter.extra_terms(1, int(positions[i]), self._requests[row].extra)
+                a[i : i + 1] += more[0]
+                b[i : i + 1] += more[1]
+
+    def _rewind(self, row: int, now: int, length: int) -> None:
+        """Take the fingerprint of a sequence back from ``now`` to ``length`` tokens."""
+        assert self.cache is not None
+        size = self.block_size
+        request = self._requests[row]
+        begin = length // size * size
+        if length == 0:
+            self._sum_a[row], self._sum_b[row] = request.root
+            self._unhashed.discard(row)
+            self._recent_from[row] = 0
+        elif row in self._unhashed:
+            return
+        elif begin >= self._recent_from[row]:
+            # Sums are taken back term by term, to the block's start for the base, then forward to length.
+            tokens = self._recent_tokens(row, begin, now)
+            a, b = self.cache.fingerprinter.terms(tokens, begin, request.extra)
+            kept = length - begin
+            if begin // size != now // size:
+                self._base_a[row] = (int(self._sum_a[row]) - int(a.sum())) & _MASK
+                self._base_b[row] = (int(self._sum_b[row]) - int(b.sum())) & _MASK
+            self._sum_a[row] = (int(self._sum_a[row]) - int(a[kept:].sum())) & _MASK
+            self._sum_b[row] = (int(self._sum_b[row]) - int(b[kept:].sum())) & _MASK
+        else:
+            self._unhashed.add(row)
+            return
+        if length % size == 0:
+            self._base_a[row], self._base_b[row] = self._sum_a[row], self._sum_b[row]
+        if self.cache.exact is not None and begin // size != now // size:
+            if begin == 0:
+                self._base_identity[row] = self.cache.exact.root(request.root)
+            else:
+                column = begin // size - 1
+                held = [g.table[row, column] for g in self.groups if g.starts[row] <= column]
+                if not held:
+                    self._unhashed.add(row)
+                    return
+                self._base_identity[row] = self.cache.exact.identity(int(held[0]))
+
+    def _recent_tokens(self, row: int, start: int, stop: int) -> I32:
+        size = self.block_size
+        parts = []
+        for block in range(start // size, -(-stop // size)):
+            part = self._recent[row, block & 1]
+            parts.append(part[max(0, start - block * size) : min(size, stop - block * size)])
+        return np.concatenate(parts)
+
+    # Sliding windows
+
+    def _release_windows(self, rows: I64, positions: I32) -> None:
+        """Free what queries from ``positions`` on do not see, but for the reach of ``lookahead`` drafts.
+
+        Rows that got tokens in this step before are left alone: those tokens' queries are still to come.
+        """
+        fresh = self._step_of.take(rows) != self._step
+        for group in self.groups:
+            if group.window is None:
+                continue
+            starts = group.starts.take(rows)
+            unseen = positions - np.int32(group.window + self.lookahead - 1)
+            firsts = np.maximum(0, unseen) // self.block_size
+            for i in np.flatnonzero(fresh & (firsts > starts)).tolist():
+                row, start, first = int(rows[i]), int(starts[i]), int(firsts[i])
+                self._release(group.table[row, start:first].copy())
+                group.set_row(row, start, np.zeros(first - start, np.int32))
+                group.starts[row] = first
+
+
+def _check_int(field: str, value: object, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidPool(field, value, f"an integer from {least} to {most} is allowed")
