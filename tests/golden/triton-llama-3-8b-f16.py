@@ -167,7 +167,7 @@ def paged_decode(
     row = tl.arange(0, 4)
     dim = tl.arange(0, 128)
     lse_piece = tl.arange(0, 32)
-    merge_piece = tl.arange(0, 8)
+    merge_piece = tl.arange(0, 16)
     m = tl.full([4], -1e30, tl.float32)
     l = tl.zeros([4], tl.float32)
     for base in range(0, splits, 32):
@@ -179,12 +179,12 @@ def paged_decode(
         m = m_new
     lse = m + tl.log2(l)  # [4]
     merged = tl.zeros([4, 128], tl.float32)
-    for base in tl.range(0, splits, 8, loop_unroll_factor=2):
+    for base in tl.range(0, splits, 16, loop_unroll_factor=2):
         others = base + merge_piece
         ok = (others < splits)[:, None]
         lse_ptrs = my_lse_ptr + others[:, None] * 4 + row[None, :]
         part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(part_lse - lse[None, :])  # [8, 4]
+        weight = tl.exp2(part_lse - lse[None, :])  # [16, 4]
         pieces_ptrs = my_part_ptr + (others[:, None] * 4 + row[None, :])[:, :, None] * 128 + dim[None, None, :]
         piece_ok = ok[:, :, None]
         part = tl.load(pieces_ptrs, mask=piece_ok, other=0.0, cache_modifier=".cg")
