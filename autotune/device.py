@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,8 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import pagedgen
+from pagedgen.errors import DeviceMissing, Unsupported
 from pagedgen.values.record import Stamp
 from pagedgen.values.target import Target
+from pagedgen.values.target_table import gpu_target, num_cores
 
 NONE = "none"
 
@@ -31,20 +32,20 @@ ABSENT = Device(NONE, NONE, False)
 
 @cache
 def device_of(target: Target) -> Device:
-    """This machine's device for ``target``; :data:`ABSENT` when it has none of that architecture."""
+    """This machine's device for ``target``; :data:`ABSENT` when it has no such device."""
     if target.kind == "cpu":
         return Device(
-            f"{cpu_name()} ({num_threads()} threads)", f"{platform.system()} {platform.release()}", True
+            f"{cpu_name()} ({num_cores()} threads)", f"{platform.system()} {platform.release()}", True
         )
+    try:
+        here = gpu_target()
+    except (DeviceMissing, Unsupported, ImportError):
+        return ABSENT
+    if here.name != target.name:
+        return ABSENT
     import torch
 
-    if not torch.cuda.is_available():
-        return ABSENT
-    if target.kind == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability()
-        if target.arch == f"sm_{major}{minor}":
-            return Device(torch.cuda.get_device_name(), f"CUDA driver {_cuda_driver()}", True)
-    return ABSENT
+    return Device(torch.cuda.get_device_name(), f"driver {_gpu_driver()}", True)
 
 
 def stamp_of(target: Target, template: str, compiler: str, measured: bool) -> Stamp:
@@ -52,13 +53,6 @@ def stamp_of(target: Target, template: str, compiler: str, measured: bool) -> St
     device = device_of(target) if measured else ABSENT
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return Stamp(pagedgen.__version__, template, compiler, device.name, device.driver, date)
-
-
-def num_threads() -> int:
-    """Cores this process may run on, which is how many threads CPU kernels are tuned for."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @cache
@@ -73,7 +67,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cuda_driver() -> str:
+def _gpu_driver() -> str:
     """The kernel module's version (580.65.06), or the CUDA version that the driver serves (13.0)."""
     try:
         return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()

@@ -1,14 +1,15 @@
 """Search over the exactly feasible set: Optuna's TPE proposes, every trial is legal and none is repeated.
 
-Optuna's samplers know boxes; a schedule space is a box with holes. :class:`FeasibleSampler` draws from TPE until
-the draw is a legal, untried schedule and otherwise moves to the nearest one, so that no failed trial ever
-teaches the sampler nothing (an unfiltered TPE spent 77 of 100 trials on illegal points). Powers of two are
-searched as integer exponents. A schedule that does not compile, or is wrong, is told with a finite value and a
-violated constraint. TPE: Bergstra et al., NeurIPS 2011; constraints: Watanabe and Hutter, IJCAI 2023.
+Optuna's samplers know boxes; a schedule space is a box with holes. :class:`FeasibleSampler` draws from TPE
+until the draw is a legal, untried schedule and otherwise moves to the nearest one, so that no failed trial
+ever teaches the sampler nothing (an unfiltered TPE spent 77 of 100 trials on illegal points). Powers of two
+are searched as integer exponents. A schedule that does not compile, or is wrong, is told with a finite value
+and a violated constraint. TPE: Bergstra et al., NeurIPS 2011; constraints: Watanabe and Hutter, IJCAI 2023.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -90,7 +91,7 @@ class Axis:
                     IntDistribution(exponents[0], exponents[-1]),
                     dict(zip(numbers, exponents, strict=True)),
                 )
-            steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+            steps = {b - a for a, b in itertools.pairwise(numbers)}
             if len(steps) == 1:
                 return cls(
                     name,
@@ -102,7 +103,7 @@ class Axis:
     def position(self, code: int | str) -> float:
         """A coordinate in [0, 1]; categories sit a full length apart from each other."""
         if isinstance(self.distribution, IntDistribution):
-            low, high = self.distribution.low, self.distribution.high
+            low, high = int(self.distribution.low), int(self.distribution.high)
             return (int(code) - low) / (high - low)
         return float(list(self.codes.values()).index(code))
 
@@ -146,7 +147,7 @@ class Grid:
         return sum(axis.distance(a[axis.name], b[axis.name]) for axis in self.axes)
 
 
-class FeasibleSampler(BaseSampler):
+class FeasibleSampler(BaseSampler):  # type: ignore[misc]
     """TPE restricted to the untried schedules of a grid."""
 
     def __init__(self, grid: Grid, seed: int, startup: int) -> None:

@@ -1,4 +1,4 @@
-"""Search on timing tables: it converges, never leaves the legal set, never repeats itself, and stops on time."""
+"""Search on timing tables: it converges, stays legal, never repeats itself, and stops on time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pagedgen.values.schedule import Schedule
 
 
 def table(seed: int = 0, noise: float = 0.0) -> dict[Schedule, float | None]:
-    """A made-up kernel on a made-up GPU: interacting fields, an occupancy cliff, holes, and ones that spill."""
+    """A made-up kernel on a made-up GPU: interacting fields, a cliff, holes, and some that spill."""
     draw = random.Random(seed)
     times: dict[Schedule, float | None] = {}
     for tile, warps, stages, split, loads, unroll in itertools.product(
