@@ -346,7 +346,7 @@ class BlockManager:
         offsets = positions - columns * size
         # Everything that takes blocks is counted before anything is changed.
         capacity = self._capacity.take(rows)
-        short = np.flatnonzero(capacity <= positions + self.lookahead)
+        short = (capacity <= positions + self.lookahead).nonzero()[0]
         grow = np.zeros(0, np.int64)
         needed = 0
         if short.size:
@@ -359,7 +359,7 @@ class BlockManager:
         self._own_tails(writes)
         if short.size:
             self._grow_rows(rows.take(short), capacity.take(short) // size, grow)
-        opened = np.flatnonzero(offsets == 0)
+        opened = (offsets == 0).nonzero()[0]
         if opened.size:
             at, column = rows.take(opened), columns.take(opened)
             for group in self.groups:
@@ -381,7 +381,7 @@ class BlockManager:
                 self._add_extra(rows, positions, a, b)
             self._sum_a[rows] = a
             self._sum_b[rows] = b
-            full = np.flatnonzero(offsets == size - 1)
+            full = (offsets == size - 1).nonzero()[0]
             if full.size:
                 self._enter_full(rows.take(full), a.take(full), b.take(full), halves.take(full))
         self.seq_lens[rows] = positions + np.int32(1)
@@ -664,7 +664,7 @@ class BlockManager:
     def _grow_rows(self, rows: I64, have: I32, grow: I32 | I64) -> None:
         """``grow`` more blocks for each of several rows that have ``have``."""
         self._capacity[rows] = (have + grow) * self.block_size
-        if (grow != 1).any():
+        if np.count_nonzero(grow != 1):
             counts = grow.astype(np.int64)
             before = counts.cumsum() - counts
             steps = np.arange(int(grow.sum())) - np.repeat(before, grow)

@@ -127,6 +127,8 @@ def token_array(tokens: Sequence[int] | I32 | I64, field: str = "tokens") -> I32
         InvalidTokens: not one-dimensional, not integers, or an id outside 0 to 2^31 - 1.
     """
     array = np.asarray(tokens)
+    if array.dtype == np.int32 and array.ndim == 1 and (not array.size or array.min() >= 0):
+        return array
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InvalidTokens(field, tokens, "a one-dimensional sequence of token ids is allowed")
     if array.size and (int(array.min()) < 0 or int(array.max()) >= 1 << 31):

@@ -185,26 +185,28 @@ class PrefixCache:
         identities: I64 | None = None
         for mine, (ka, kb) in zip(blocks, self._group_keys, strict=True):
             a, b = sums[0] + np.uint64(ka), sums[1] + np.uint64(kb)
-            known = np.full(mine.size, -1, np.int32) if fresh else self.index.lookup(a, b)
-            if self.exact is not None and proof is not None:
-                if proof.chain:
-                    known.fill(-1)
-                else:
-                    known = self.exact.confirm(known, tokens, proof.marks, proof.links, identities)
+            standing = mine  # one block a content is enough: another with the same is not entered
+            if self.exact is None and not fresh:
+                known = self.index.insert_missing(mine, a, b)
+                if np.count_nonzero(known < 0) != known.size:
+                    standing = np.where(known < 0, mine, known)
+            elif self.exact is None or proof is None or proof.chain:
+                self.index.insert(mine, a, b)
+                if self.exact is not None and proof is not None:
+                    if identities is None:
+                        identities = self.exact.identities(np.full(mine.size, -1, np.int32))
+                    links = np.concatenate((proof.links, identities[:-1]))
+                    self.exact.store(mine, tokens, proof.marks, links, identities)
+            else:
+                known = self.index.lookup(a, b)
+                known = self.exact.confirm(known, tokens, proof.marks, proof.links, identities)
                 if identities is None:
                     identities = self.exact.identities(known)
-                links = proof.links
-                if proof.chain:
-                    links = np.concatenate((links, identities[:-1]))
-                self.exact.store(mine, tokens, proof.marks, links, identities)
-            self._unwritten.append(mine)
-            new = known < 0  # one block a content is enough: another with the same is not entered
-            standing = mine
-            if new.all():
-                self.index.insert(mine, a, b)
-            else:
+                self.exact.store(mine, tokens, proof.marks, proof.links, identities)
+                new = known < 0
                 self.index.insert(mine[new], a[new], b[new])
                 standing = np.where(new, mine, known)
+            self._unwritten.append(mine)
             rows = ((parents[0] + np.uint64(ka)) >> np.uint64(64 - self._tail_bits)).astype(np.int64)
             self._tail_block[rows] = standing
             self._tail_fill[rows] = fill
@@ -261,6 +263,11 @@ class PrefixCache:
         if start:
             parent = int(match.sums[0][start - 1]), int(match.sums[1][start - 1])
         sources: list[int] = []
+        if stop % self.block_size == self.block_size - 1 and match.num_blocks < match.found[0].size:
+            # The prompt ends with this block and all of it may be cached, but its last token is computed.
+            whole = np.array([found[match.num_blocks] for found in match.found], np.int32)
+            if (whole >= 0).all() and not self.unwritten(whole).any():
+                return partial - partial % self.match_unit, tuple(whole.tolist())
         for ka, kb in self._group_keys:
             row = (parent[0] + ka & _MASK) >> (64 - self._tail_bits)
             block, fill = int(self._tail_block[row]), int(self._tail_fill[row])

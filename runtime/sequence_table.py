@@ -128,12 +128,12 @@ class SequenceTable:
             raise UnknownSequence(seqs, "is not a one-dimensional sequence of handles")
         handles = handles.astype(np.int64, copy=False)
         rows = handles & self._mask
-        if not (self._ready.take(rows) == handles).all():
+        if np.count_nonzero(self._ready.take(rows) != handles):
             for seq in handles.tolist():
                 self.resident_row(seq)
         order = np.arange(rows.size)
         self._once[rows] = order
         twice = self._once.take(rows) != order
-        if twice.any():
+        if np.count_nonzero(twice):
             raise SequenceTwice(int(handles[twice][0]), "is named twice in one call")
         return rows
