@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pagedgen.errors import ArgumentError, SpecNotInPack
+from pagedgen.errors import ArgumentError, PagedgenError, SpecNotInPack
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.pack import Pack, check_machine, open_pack
 from pagedgen.values.manifest import KernelEntry
@@ -34,16 +34,15 @@ class Workspaces:
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._current: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+        self._current: dict[tuple[torch.device, int], tuple[int, torch.Tensor]] = {}
         self._outgrown: list[torch.Tensor] = []
 
     def take(self, num_seqs: int, device: torch.device) -> torch.Tensor:
         """A zeroed, or properly left, workspace for a call on the current stream or thread."""
         if device.type == "cuda":
-            stream = torch.cuda.current_stream(device)
-            key = (device.index, stream.cuda_stream)
+            key = (device, torch.cuda.current_stream(device).cuda_stream)
         else:
-            key = (-1, threading.get_ident())
+            key = (device, threading.get_ident())
         held = self._current.get(key)
         if held is not None and held[0] >= num_seqs:
             return held[1]
@@ -138,38 +137,56 @@ class Attention:
             ArgumentError: an argument is not as above; names it, its value and what is allowed. Nothing ran.
             SpecNotInPack: no kernel, or more than one, for these tensors.
         """
-        kernel = self._only if spec is None else self._kernels.get(spec)
-        if kernel is None:
-            kernel = self._find(q, k, lse, k_scale, spec)
-        if max_seq_len is None:
-            if block_table.ndim != 2:
-                shape = list(block_table.shape)
-                raise ArgumentError(
-                    f"block_table.shape = {shape}: rank 2 is expected, [num_seqs, max_blocks]"
-                )
-            max_seq_len = block_table.shape[1] * kernel.spec.block_size
-        if out is None:
-            out = torch.empty_like(q)
-        returns_lse = kernel.spec.return_lse
-        if returns_lse and lse is None:
-            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        if workspace is None:
-            workspace = kernel.workspaces.take(q.shape[0] if q.ndim else 0, q.device)
-        kernel.decode(
-            q,
-            k,
-            v,
-            block_table,
-            seq_lens,
-            out,
-            lse,
-            kernel.softmax_scale if softmax_scale is None else softmax_scale,
-            k_scale,
-            v_scale,
-            workspace,
-            max_seq_len,
-            -1,
-        )
+        try:
+            kernel = self._only if spec is None else self._kernels.get(spec)
+            if kernel is None:
+                kernel = self._find(q, k, lse, k_scale, spec)
+            if max_seq_len is None:
+                if block_table.ndim != 2:
+                    shape = list(block_table.shape)
+                    raise ArgumentError(
+                        f"block_table.shape = {shape}: rank 2 is expected, [num_seqs, max_blocks]"
+                    )
+                max_seq_len = block_table.shape[1] * kernel.spec.block_size
+            if out is None:
+                out = torch.empty_like(q)
+            returns_lse = kernel.spec.return_lse
+            if returns_lse and lse is None:
+                lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            if workspace is None:
+                workspace = kernel.workspaces.take(q.shape[0] if q.ndim else 0, q.device)
+            kernel.decode(
+                q,
+                k,
+                v,
+                block_table,
+                seq_lens,
+                out,
+                lse,
+                kernel.softmax_scale if softmax_scale is None else softmax_scale,
+                k_scale,
+                v_scale,
+                workspace,
+                max_seq_len,
+                -1,
+            )
+        except PagedgenError:
+            raise
+        except Exception:
+            # What is no plain tensor fails in many ways on its way to the library; say which it was.
+            _refuse_strange(
+                q=q,
+                k=k,
+                v=v,
+                block_table=block_table,
+                seq_lens=seq_lens,
+                out=out,
+                lse=lse,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                workspace=workspace,
+            )
+            raise
         if returns_lse:
             assert lse is not None
             return out, lse
@@ -259,6 +276,18 @@ class Attention:
             names = ", ".join(kernel.spec.name for kernel in fits)
             raise SpecNotInPack(f"{what}: {names} all fit; say which as spec=")
         raise SpecNotInPack(f"{what}: no kernel fits; {self._known()}")
+
+
+def _refuse_strange(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if value is None and name in ("lse", "k_scale", "v_scale", "workspace", "out"):
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentError(f"{name}: {type(value).__name__}: a torch.Tensor is expected")
+        if value.layout != torch.strided or value.device.type == "meta":
+            raise ArgumentError(
+                f"{name}: {value.layout} on {value.device}: a plain tensor with data is expected"
+            )
 
 
 def _fits(spec: KernelSpec, q: torch.Tensor, k: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import tvm_ffi
@@ -38,6 +39,13 @@ Decode = Callable[
 ]
 
 
+def _optional(module: Any, name: str) -> Any:
+    try:
+        return module.get_function(name)
+    except AttributeError:
+        return None
+
+
 class Library:
     """A loaded library.
 
@@ -49,7 +57,7 @@ class Library:
         PackDamaged: it loads but is no library of ours.
     """
 
-    __slots__ = ("_prepare", "_workspace_bytes", "decode", "path")
+    __slots__ = ("_prepare", "_set_num_threads", "_workspace_bytes", "decode", "path")
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -62,10 +70,9 @@ class Library:
             self._workspace_bytes: Callable[[int], int] = module.get_function("workspace_bytes")
         except AttributeError as error:
             raise errors.PackDamaged(f"{self.path}: {error}") from error
-        try:
-            self._prepare: Callable[[int, int], None] | None = module.get_function("prepare")
-        except AttributeError:
-            self._prepare = None  # a CPU library has nothing to load
+        # A GPU library has kernels to load, a CPU library threads to run on.
+        self._prepare: Callable[[int, int], None] | None = _optional(module, "prepare")
+        self._set_num_threads: Callable[[int], None] | None = _optional(module, "set_num_threads")
 
     def workspace_bytes(self, num_seqs: int) -> int:
         """Bytes of workspace that serve every variant for up to ``num_seqs`` sequences.
@@ -81,3 +88,14 @@ class Library:
         """
         if self._prepare is not None:
             self._prepare(device, variant)
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """How many threads calls of a CPU library use; it starts with as many cores as the process may use.
+
+        Raises:
+            ArgumentError: below 1, or more than it started with.
+            InvalidValue: a GPU library.
+        """
+        if self._set_num_threads is None:
+            raise errors.InvalidValue("num_threads", num_threads, f"{self.path} runs on a GPU")
+        self._set_num_threads(num_threads)

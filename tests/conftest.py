@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from pagedgen.compiler.binary import Binary, Source
+from pagedgen.compiler.build import Choice, build
+from pagedgen.compiler.compile import compile_source
+from pagedgen.compiler.families import family_for
+from pagedgen.compiler.render import render
+from pagedgen.runtime import machine
+from pagedgen.values.manifest import Rule
+from pagedgen.values.record import Resources
+from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 
@@ -59,3 +68,63 @@ def make_spec(
 @pytest.fixture(scope="session", name="make_spec")
 def _make_spec():
     return make_spec
+
+
+def default_schedule(spec: KernelSpec, target: Target) -> Schedule:
+    """The schedule of a family's default fields; always legal to render, not always fast."""
+    family = family_for(spec, target)
+    return Schedule.of(family.name, **{field.name: field.default for field in family.fields(spec, target)})
+
+
+@pytest.fixture(scope="session", name="default_schedule")
+def _default_schedule():
+    return default_schedule
+
+
+@pytest.fixture(scope="session")
+def gpu_binary(h100):
+    """Make a Binary with made-up machine code, for what never runs: linking, packing, checking arguments."""
+
+    def make(spec: KernelSpec, target: Target = h100, *, waves: int = 4, suffix: str = "") -> Binary:
+        schedule = default_schedule(spec, target)
+        choices = {**dict(schedule.choices), "waves": waves}
+        source = Source(spec, target, Schedule.of(schedule.template, **choices), "# kernel source\n")
+        ptx = f".version 8.7\n.target {target.arch}{suffix}\n.address_size 64\n// made up\n".encode()
+        files = (("kernel.cubin", b"\x7fELF made up " + bytes(range(256))), ("kernel.ptx", ptx))
+        return Binary(source, "paged_decode", files, Resources(64, 0, 50_000, 300), "made up", 4)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cpu_target() -> Target:
+    """This machine's processor."""
+    arch = machine.cpu_arch()
+    if arch is None:
+        pytest.skip("no kernels are made for this processor")
+    return Target("cpu", "cpu", arch, 2)
+
+
+@pytest.fixture(scope="session")
+def cpu_choice(cpu_target):
+    """Compile real CPU kernels of a spec, as one choice of a pack: two variants, one for batches over 4."""
+    pytest.importorskip("tvm")
+
+    def make(spec: KernelSpec) -> Choice:
+        schedule = default_schedule(spec, cpu_target)
+        other = Schedule.of(schedule.template, **{**dict(schedule.choices), "ahead": 0})
+        binaries = tuple(compile_source(render(spec, cpu_target, s)) for s in (schedule, other))
+        return Choice(binaries, (Rule(4, 2**31 - 1, 0), Rule(2**31 - 1, 2**31 - 1, 1)), ())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cpu_pack(cpu_choice, tmp_path_factory):
+    """A real pack of three specs for this machine: f32, f32 with LSE, and f32 queries over an fp8 cache."""
+    specs = [
+        make_spec(64, (8, 2), 16, "f32"),
+        make_spec(64, (8, 2), 16, "f32", lse=True),
+        make_spec(64, (8, 2), 16, "f32", "fp8_e4m3"),
+    ]
+    return build([cpu_choice(s) for s in specs], tmp_path_factory.mktemp("packs") / "cpu.pack")
