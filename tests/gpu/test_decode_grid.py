@@ -1,4 +1,4 @@
-"""Packs of the whole grid on a real GPU: the gate, eager and captured in a CUDA graph; and sm_80 code from PTX."""
+"""Packs of the whole grid on a real GPU, eager and captured; and A100 code through the driver's JIT."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ def build_one(job: tuple[KernelSpec, Target, str, Path]) -> None:
 
 
 @pytest.fixture(scope="session")
-def packs(tmp_path_factory) -> Callable[[str, str], dict[KernelSpec, Path]]:
-    """Packs of the grid for a target, built in parallel once a session."""
+def packs(request, tmp_path_factory) -> Callable[[str, str], dict[KernelSpec, Path]]:
+    """Packs of the selected tests' specs for a target, built in parallel once a session."""
+    wanted = {i.callspec.params.get("spec") for i in request.session.items if hasattr(i, "callspec")}
     made: dict[tuple[str, str], dict[KernelSpec, Path]] = {}
 
     def make(name: str, embed: str) -> dict[KernelSpec, Path]:
         if (name, embed) not in made:
             folder = tmp_path_factory.mktemp(f"{name}-{embed}")
-            paths = {spec: folder / f"{spec.name}.pack" for spec in SPECS}
+            paths = {spec: folder / f"{spec.name}.pack" for spec in SPECS if spec in wanted}
             jobs = [(spec, target(name), embed, path) for spec, path in paths.items()]
             with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
                 list(pool.map(build_one, jobs))
