@@ -1,8 +1,26 @@
-"""The grid of decode specs that is proved on real GPUs: head dims, ratios, block sizes and formats."""
+"""The grid of decode specs that is proved on real GPUs: head dims, ratios, block sizes and formats.
+
+``python tests/gpu/decode_grid.py TARGET EMBED FOLDER [SPEC…]`` builds a pack of each spec (all without names) with
+the default schedule, in parallel.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from pagedgen.compiler.build import Choice, build
+from pagedgen.compiler.compile import compile_source
+from pagedgen.compiler.render import render
+from pagedgen.compiler.space import default_schedule
+from pagedgen.values.manifest import Rule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.values.target_table import target
+
+EVERYTHING = (Rule(1 << 30, 1 << 30, 0),)
 
 
 def spec(
@@ -42,3 +60,22 @@ def grid() -> tuple[KernelSpec, ...]:
     specs.append(spec(96, (32, 32), 16, "f16", "f16"))  # Phi 3 mini
     specs.append(spec(80, (32, 32), 32, "f16", "fp8_e5m2", "head"))  # Phi 2
     return tuple(dict.fromkeys(specs))
+
+
+def build_one(job: tuple[KernelSpec, str, str, Path]) -> None:
+    """A pack of one spec with the default schedule."""
+    spec, name, embed, folder = job
+    to = target(name)
+    binary = compile_source(render(spec, to, default_schedule(spec, to)))
+    build([Choice((binary,), EVERYTHING, ())], folder / f"{spec.name}.pack", embed=embed)
+
+
+def main() -> None:
+    name, embed, folder, *wanted = sys.argv[1:]
+    jobs = [(s, name, embed, Path(folder)) for s in grid() if not wanted or s.name in wanted]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        list(pool.map(build_one, jobs))
+
+
+if __name__ == "__main__":
+    main()

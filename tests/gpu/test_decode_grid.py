@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from gpu.decode_grid import build_one, grid
 
 from pagedgen import load
-from pagedgen.compiler.build import Choice, build
-from pagedgen.compiler.compile import compile_source
-from pagedgen.compiler.render import render
-from pagedgen.compiler.space import default_schedule
 from pagedgen.compiler.verify import gate
-from pagedgen.values.manifest import Rule
 from pagedgen.values.spec import KernelSpec
-from pagedgen.values.target import Target
-from pagedgen.values.target_table import target
-
-from .decode_grid import grid
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (docs/gpu_tests.md)"),
 ]
 SPECS = grid()
-EVERYTHING = (Rule(1 << 30, 1 << 30, 0),)
+NAMES = {(8, 0): "a100", (8, 9): "l40s", (9, 0): "h100", (10, 0): "b200"}
 
 
 def test_grid_is_large_enough():
     assert len(SPECS) >= 60
-
-
-def build_one(job: tuple[KernelSpec, Target, str, Path]) -> None:
-    spec, to, embed, out = job
-    binary = compile_source(render(spec, to, default_schedule(spec, to)))
-    build([Choice((binary,), EVERYTHING, ())], out, embed=embed)
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +38,11 @@ def packs(request, tmp_path_factory) -> Callable[[str, str], dict[KernelSpec, Pa
     def make(name: str, embed: str) -> dict[KernelSpec, Path]:
         if (name, embed) not in made:
             folder = tmp_path_factory.mktemp(f"{name}-{embed}")
-            paths = {spec: folder / f"{spec.name}.pack" for spec in SPECS if spec in wanted}
-            jobs = [(spec, target(name), embed, path) for spec, path in paths.items()]
-            with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-                list(pool.map(build_one, jobs))
-            made[name, embed] = paths
+            specs = [spec for spec in SPECS if spec in wanted]
+            script = Path(__file__).with_name("decode_grid.py")
+            command = [sys.executable, str(script), name, embed, str(folder), *(s.name for s in specs)]
+            subprocess.run(command, check=True, timeout=600)
+            made[name, embed] = {spec: folder / f"{spec.name}.pack" for spec in specs}
         return made[name, embed]
 
     return make
@@ -79,9 +64,7 @@ def captured(call: Callable[[], None]) -> Callable[[], None]:
 @pytest.mark.parametrize("way", ["eager", "captured"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_pack_passes_the_gate(packs, spec, way):
-    here = torch.cuda.get_device_capability()
-    name = {(8, 0): "a100", (8, 9): "l40s", (9, 0): "h100", (10, 0): "b200"}[here]
-    attention = load(packs(name, "cubin")[spec])
+    attention = load(packs(NAMES[torch.cuda.get_device_capability()], "cubin")[spec])
     attention.prepare(0)
     verdict = gate(
         attention.kernel(spec).library,
@@ -110,13 +93,10 @@ def test_workload_of_more_than_two_gib_of_elements():
     """Offsets are 64-bit where a pool passes 2^31 elements."""
     if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
         pytest.skip("needs 24 GiB of GPU memory")
-    spec = replace(SPECS[0], block_size=16)
-    to = target({(8, 0): "a100", (9, 0): "h100"}.get(torch.cuda.get_device_capability(), "h100"))
-    import tempfile
-
+    spec = next(spec for spec in SPECS if spec.block_size == 16)
     with tempfile.TemporaryDirectory() as folder:
-        build_one((spec, to, "both", Path(folder) / "big.pack"))
-        attention = load(Path(folder) / "big.pack")
+        build_one((spec, NAMES[torch.cuda.get_device_capability()], "both", Path(folder)))
+        attention = load(Path(folder) / f"{spec.name}.pack")
         shape = ((1 << 31) // (16 * 8 * 128) + 4096, 16, 8, 128)
         k = torch.randn(shape, dtype=torch.float16, device="cuda")
         v = torch.randn(shape, dtype=torch.float16, device="cuda")
