@@ -72,7 +72,7 @@ class BlockIndex:
         self._place(blocks, a, b, self._probe(a, b))
 
     def insert_missing(self, blocks: I32, a: U64, b: U64) -> I32:
-        """Index those of distinct blocks whose fingerprints are not indexed yet; the blocks that were, or -1."""
+        """Index the blocks whose fingerprints are not indexed yet; returns the blocks that were, or -1."""
         probe = self._probe(a, b)
         known = self._find(a, b, probe)
         missing = known < 0

@@ -16,6 +16,7 @@ from pagedgen.errors import (
     InvalidTokens,
     OutOfBlocks,
     SequenceNotComputed,
+    SequenceNotSwapped,
     SequenceTooLong,
     UnknownPin,
 )
@@ -25,6 +26,7 @@ from pagedgen.runtime.fingerprint import ExtraKey, Salt, check_extra, check_salt
 from pagedgen.runtime.layer_group import LayerGroup
 from pagedgen.runtime.prefix_cache import PrefixCache, PrefixMatch, Proof
 from pagedgen.runtime.sequence_table import SequenceTable
+from pagedgen.runtime.swap_space import SwappedBlocks, SwapSpace
 
 _MASK = (1 << 64) - 1
 
@@ -99,6 +101,7 @@ class BlockManager:
         match_unit: partial matches of a block are rounded down to a multiple of this many tokens.
         lookahead: slots that are always there beyond a sequence's end, for drafted tokens.
         watermark: share of the pool that admission leaves free while others run, against preemption.
+        num_host_blocks: blocks of host memory that sequences can be swapped out to.
         verify_tokens: prove every prefix hit token by token; see :class:`PrefixCache`.
         secret: fixes the fingerprints' keys; None (safer): random.
 
@@ -118,6 +121,7 @@ class BlockManager:
         match_unit: int = 1,
         lookahead: int = 0,
         watermark: float = 0.01,
+        num_host_blocks: int = 0,
         verify_tokens: bool = False,
         secret: bytes | None = None,
     ) -> None:
@@ -136,6 +140,7 @@ class BlockManager:
         self.windows = tuple(windows)
         self.pool = BlockPool(num_blocks)
         self.seqs = SequenceTable(max_num_seqs)
+        self.swap = SwapSpace(num_host_blocks)
         self.max_blocks = -(-(max_seq_len + lookahead) // block_size)
         self.groups = [LayerGroup(max_num_seqs, self.max_blocks, window) for window in windows]
         self.cache: PrefixCache | None = None
@@ -418,9 +423,18 @@ class BlockManager:
         if fill and self.cache is not None:
             self._enter_tail(row, fill)
         count = int(self._capacity[row]) // self.block_size
-        for group in self.groups:
+        swapped = self.swap.records.pop(row, None)
+        for index, group in enumerate(self.groups):
             # Last block first: what is evicted first is then what can only be reused after the rest.
-            self._drop(row, group.table[row, int(group.starts[row]) : count][::-1])
+            first = int(group.starts[row])
+            blocks = group.table[row, first:count]
+            if swapped:
+                resident = np.ones(blocks.size, np.bool_)
+                resident[swapped[index].columns - first] = False
+                blocks = blocks[resident]
+                self.swap.give(swapped[index].host)
+            self._forget_uncomputed(row, blocks)
+            self._release(blocks[::-1])
         self._clear_tail_check(row)
         self._unhashed.discard(row)
         self._extra_ahead.discard(row)
@@ -499,13 +513,104 @@ class BlockManager:
         have = int(self._capacity[row]) // self.block_size
         keep = min(have, -(-length // self.block_size))
         for group in self.groups:
-            self._drop(row, group.table[row, max(keep, int(group.starts[row])) : have][::-1])
+            first = int(group.starts[row])
+            self._forget_uncomputed(row, group.table[row, max(first, length // self.block_size) : have])
+            self._release(group.table[row, max(first, keep) : have][::-1])
         self._capacity[row] = keep * self.block_size
         self.seq_lens[row] = length
         self._look_for_extra(row)
         self._set_tail(row)
         if length % self.block_size:
             self._mark_tail_check(row)
+
+    # Swapping
+
+    def swap_out(self, seq: int, num_blocks: int | None = None) -> I32:
+        """Preempt a sequence: give its blocks up for host blocks.
+
+        Blocks that others use as well stay where they are and stay its own. The sequence takes part in
+        nothing but :meth:`swap_in` and :meth:`free` until it is back.
+
+        Args:
+            num_blocks: only this many of its last blocks (a group); None: all.
+
+        Returns:
+            int32 ``[n, 2]`` of (block, host block), to be copied at once, before what later calls return.
+
+        Raises:
+            OutOfHostBlocks: too few host blocks are free.
+            SequenceNotComputed: the present step has not computed its last tokens.
+            SequenceSwapped: it is swapped out already.
+        """
+        row = self.seqs.resident_row(seq)
+        count = -(-int(self.seq_lens[row]) // self.block_size)
+        if num_blocks is not None:
+            _check_int("num_blocks", num_blocks, 1, 1 << 31)
+        if self._step_of[row] == self._step:
+            raise SequenceNotComputed(seq, "has tokens of this step: run it (take_copies) before swapping")
+        leaving = []
+        for group in self.groups:
+            first = int(group.starts[row])
+            if num_blocks is not None:
+                first = max(first, count - num_blocks)
+            columns = np.arange(first, count)
+            leaving.append(columns[self.pool.refs.take(group.table[row, first:count]) == 1])
+        self.swap.check_room(sum(columns.size for columns in leaving))
+        records, pairs = [], []
+        for group, columns in zip(self.groups, leaving, strict=True):
+            device = group.table[row, columns]
+            host = self.swap.take(columns.size)
+            records.append(self._swapped(columns, host, device))
+            pairs.append(np.stack((device, host), axis=1))
+            # Drafts' slots hold nothing yet.
+            spare = group.table[row, count : int(self._capacity[row]) // self.block_size].copy()
+            self._release(np.concatenate((spare[::-1], device[::-1])))
+        self._capacity[row] = count * self.block_size
+        self.swap.records[row] = records
+        self.seqs.suspend(row)
+        return np.concatenate(pairs)
+
+    def swap_in(self, seq: int) -> I32:
+        """Bring a sequence back.
+
+        Returns:
+            int32 ``[n, 2]`` of (host block, block), to be copied at once. What the prefix cache still holds is
+            taken from there and not copied.
+
+        Raises:
+            OutOfBlocks: too few blocks are free.
+            SequenceNotSwapped: it is not swapped out.
+        """
+        row = self.seqs.row(seq)
+        if not self.seqs.is_suspended(row):
+            raise SequenceNotSwapped(seq, "is not swapped out")
+        records = self.swap.records[row]
+        alive = [self._still_cached(record) for record in records]
+        needed = sum(int((~kept).sum()) for kept in alive)
+        revived = sum(
+            int((self.pool.refs.take(record.device[kept]) == 0).sum())
+            for record, kept in zip(records, alive, strict=True)
+        )
+        if needed > self.pool.num_free - revived:
+            raise OutOfBlocks(needed, max(0, self.pool.num_free - revived))
+        for record, kept in zip(records, alive, strict=True):
+            self.pool.share(record.device[kept])
+        pairs = []
+        at = np.array([row], np.int64)
+        for group, record, kept in zip(self.groups, records, alive, strict=True):
+            blocks = record.device.copy()
+            fresh = self._take(int((~kept).sum()))
+            blocks[~kept] = fresh
+            self.pool.priority[fresh] = self._requests[row].priority
+            group.set(at, record.columns, blocks)
+            pairs.append(np.stack((record.host, blocks), axis=1)[~kept])
+            self.swap.give(record.host)
+        del self.swap.records[row]
+        self.seqs.resume(row)
+        self._set_tail(row)
+        if int(self.seq_lens[row]) % self.block_size:
+            self._mark_tail_check(row)
+        return np.concatenate(pairs)
 
     # Reading
 
@@ -629,12 +734,11 @@ class BlockManager:
             self.pool.retain(freed[worth])
             self.pool.discard(freed[~worth])
 
-    def _drop(self, row: int, blocks: I32) -> None:
-        """Release blocks of a row; what the present step would have computed leaves the cache."""
+    def _forget_uncomputed(self, row: int, blocks: I32) -> None:
+        """Take blocks of a row that the present step would have filled out of the cache: now it will not."""
         if self.cache is not None and self._step_of[row] == self._step:
-            mine = blocks[(self.pool.refs.take(blocks) == 1) & self.cache.holds(blocks)]
+            mine = blocks[self.cache.holds(blocks)]
             self.cache.forget(mine[self.cache.unwritten(mine)])
-        self._release(blocks)
 
     def _cancel_copies(self, freed: I32) -> None:
         """Blocks that were freed before a copy into them ran are copied into no more, and hold nothing."""
@@ -681,6 +785,28 @@ class BlockManager:
         last = max(0, int(self.seq_lens[row]) - 1) // self.block_size
         for group in self.groups:
             group.tails[row] = group.table[row, last]
+
+    def _swapped(self, columns: I64, host: I32, device: I32) -> SwappedBlocks:
+        zeros = np.zeros(columns.size, np.uint64)
+        lanes, identities = (zeros, zeros), np.zeros(columns.size, np.int64)
+        if self.cache is not None:
+            index, held = self.cache.index, self.cache.holds(device)
+            lanes = np.where(held, index.lane_a.take(device), 0), np.where(held, index.lane_b.take(device), 0)
+            if self.cache.exact is not None:
+                identities = self.cache.exact.identity_of(device)
+        return SwappedBlocks(columns, host, device, lanes, identities)
+
+    def _still_cached(self, record: SwappedBlocks) -> Bool:
+        """Which blocks still hold, where they were, what was swapped out."""
+        if self.cache is None:
+            return np.zeros(record.device.size, np.bool_)
+        index = self.cache.index
+        same: Bool = self.cache.holds(record.device) & (record.lanes[0] != 0)
+        same &= index.lane_a.take(record.device) == record.lanes[0]
+        same &= index.lane_b.take(record.device) == record.lanes[1]
+        if self.cache.exact is not None:
+            same &= self.cache.exact.identity_of(record.device) == record.identities
+        return same
 
     # Copy-on-write
 

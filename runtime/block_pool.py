@@ -49,6 +49,8 @@ class BlockPool:
         """
         if n > self.num_free:
             raise OutOfBlocks(n, self.num_free)
+        if n == 0:
+            return EMPTY, EMPTY
         parts: list[I32] = []
         evicted = EMPTY
         wanted = n

@@ -43,6 +43,10 @@ class ExactStore:
         """The prefix that a registered block ends."""
         return int(self._identity[block])
 
+    def identity_of(self, blocks: I32) -> I64:
+        """The prefix that each registered block ends, int64 ``[n]``."""
+        return self._identity.take(blocks)
+
     def marks(self, start: int, num_blocks: int, extra: Sequence[ExtraKey]) -> I64:
         """A number a block for the extra content that begins inside it; 0 for none. ``start``: a token."""
         marks = np.zeros(num_blocks, np.int64)
@@ -58,7 +62,7 @@ class ExactStore:
     def prune(
         self, found: Sequence[I32], tokens: I32, marks: I64, root: int, windows: Sequence[int | None]
     ) -> None:
-        """Set what is not proved to -1 in ``found``, int32 ``[n]`` a group; ``tokens`` is ``[n, block_size]``."""
+        """Set what is not proved to -1 in ``found`` (``[n]`` a group); ``tokens`` is ``[n, block_size]``."""
         identities: I64 | None = None
         for blocks, window in sorted(zip(found, windows, strict=True), key=lambda pair: pair[1] is not None):
             fine = blocks >= 0

@@ -21,6 +21,7 @@ from pagedgen.errors import (
     FreedTwice,
     InvalidLength,
     OutOfBlocks,
+    OutOfHostBlocks,
     PagedgenError,
     SequenceFreed,
     SequenceNotComputed,
@@ -69,10 +70,12 @@ class World:
         self.max_len = 12 * block_size
         self.manager = BlockManager(
             num_blocks, block_size, max_num_seqs=7, max_seq_len=self.max_len, windows=windows,
-            secret=seed.to_bytes(16, "little"), **options,
+            num_host_blocks=20, secret=seed.to_bytes(16, "little"), **options,
         )  # fmt: skip
         self.kv = np.zeros((len(windows), num_blocks, block_size), np.int64)
+        self.host = np.zeros((len(windows), self.manager.swap.num_blocks, block_size), np.int64)
         self.seqs: dict[int, Modelled] = {}
+        self.swapped: dict[int, Modelled] = {}
         self.freed: list[int] = []
         self.pins: list[int] = []
         self.histories: list[tuple[object, tuple[ExtraKey, ...], list[int]]] = [(None, (), [])]
@@ -187,7 +190,8 @@ class World:
     def free(self, handle: int) -> None:
         self.settle(handle)
         self.manager.free(handle)
-        self.note(self.seqs.pop(handle))
+        seq = self.seqs.pop(handle) if handle in self.seqs else self.swapped.pop(handle)
+        self.note(seq)
         self.freed = [*self.freed[-4:], handle]
 
     def pin(self, handle: int) -> None:
@@ -196,9 +200,33 @@ class World:
         elif self.seqs[handle].computed == len(self.seqs[handle].tokens):
             self.pins.append(self.manager.pin(handle))
 
+    def swap_out(self, handle: int) -> None:
+        """Blocks go to host memory, byte by byte, and the device's are overwritten by whoever comes next."""
+        count = self.random.choice([None, None, 1, 2])
+        try:
+            pairs = self.manager.swap_out(handle, count)
+        except (OutOfHostBlocks, SequenceNotComputed):
+            self.failures += 1
+            return
+        self.host[:, pairs[:, 1]] = self.kv[:, pairs[:, 0]]
+        self.swapped[handle] = self.seqs.pop(handle)
+
+    def swap_in(self, handle: int) -> None:
+        try:
+            pairs = self.manager.swap_in(handle)
+        except OutOfBlocks:
+            self.failures += 1
+            return
+        self.kv[:, pairs[:, 1]] = self.host[:, pairs[:, 0]]
+        self.seqs[handle] = self.swapped.pop(handle)
+
     def settle(self, handle: int) -> None:
         """What others were admitted on may not be dropped before it is computed."""
-        if self.admitted and self.seqs[handle].computed < len(self.seqs[handle].tokens):
+        if (
+            self.admitted
+            and handle in self.seqs
+            and self.seqs[handle].computed < len(self.seqs[handle].tokens)
+        ):
             self.forward()
 
     def note(self, seq: Modelled) -> None:
@@ -238,8 +266,17 @@ class World:
         """No leak, no double owner: counts, free lists and index agree with the tables."""
         manager, pool = self.manager, self.manager.pool
         refs = np.zeros(pool.num_blocks, np.int64)
-        for handle in self.seqs:
+        host = []
+        for handle in [*self.seqs, *self.swapped]:
             row = manager.seqs.row(handle)
+            if handle in self.swapped:
+                records = manager.swap.records[row]
+                count = int(manager._capacity[row]) // manager.block_size
+                for group, record in zip(manager.groups, records, strict=True):
+                    kept = np.setdiff1d(np.arange(int(group.starts[row]), count), record.columns)
+                    np.add.at(refs, group.table[row, kept], 1)
+                    host += record.host.tolist()
+                continue
             assert manager.length(handle) == len(self.seqs[handle].tokens)
             count = int(manager._capacity[row]) // manager.block_size
             assert count * manager.block_size >= len(self.seqs[handle].tokens)
@@ -252,6 +289,9 @@ class World:
             np.add.at(refs, blocks, 1)
         np.add.at(refs, list(manager._copies.values()), 1)
         assert (refs == pool.refs).all()
+        assert len(set(host)) == len(host)
+        assert sorted(host) == np.flatnonzero(~manager.swap._free).tolist()
+        assert manager.swap.num_free == manager.swap.num_blocks - len(host)
         free = set(np.flatnonzero(refs == 0).tolist())
         clean = pool._clean[: pool._num_clean].tolist() + list(range(pool._fresh, pool.num_blocks))
         queued = []
@@ -287,8 +327,16 @@ class World:
         ]
         for handle in self.freed:
             calls += [lambda h=handle: self.manager.free(h), lambda h=handle: self.manager.fork(h)]
+        for handle in self.swapped:
+            calls += [
+                lambda h=handle: self.manager.append_step([h], [1]),
+                lambda h=handle: self.manager.fork(h),
+                lambda h=handle: self.manager.truncate(h, 0),
+                lambda h=handle: self.manager.swap_out(h),
+            ]
         for handle, seq in self.seqs.items():
             calls += [
+                lambda h=handle: self.manager.swap_in(h),
                 lambda h=handle: self.manager.truncate(h, -1),
                 lambda h=handle, s=seq: self.manager.truncate(h, len(s.tokens) + 1),
                 lambda h=handle: self.manager.append_step([h, h], [1, 1]),
@@ -324,6 +372,12 @@ class World:
             self.pin(handle)
         elif kind < 0.85:
             self.bad_call()
+        elif kind < 0.875:
+            self.swap_out(handle)
+        elif kind < 0.90 and self.swapped:
+            self.swap_in(self.random.choice(list(self.swapped)))
+        elif kind < 0.905 and self.swapped:
+            self.free(self.random.choice(list(self.swapped)))
         else:
             self.forward()
 
@@ -382,11 +436,20 @@ class Machine(RuleBasedStateMachine):
         if self.world.seqs:
             self.world.step(list(self.world.seqs)[:share])
 
-    @rule(choice=st.integers(0, 6), name=st.sampled_from(["extend", "fork", "truncate", "free", "pin"]))
+    @rule(
+        choice=st.integers(0, 6),
+        name=st.sampled_from(["extend", "fork", "truncate", "free", "pin", "swap_out"]),
+    )
     def one(self, choice: int, name: str) -> None:
         handle = self.any(choice)
         if handle is not None:
             getattr(self.world, name)(handle)
+
+    @rule(choice=st.integers(0, 6))
+    def swap_in(self, choice: int) -> None:
+        handles = list(self.world.swapped)
+        if handles:
+            self.world.swap_in(handles[choice % len(handles)])
 
     @rule()
     def bad_call(self) -> None:
@@ -409,7 +472,7 @@ class Machine(RuleBasedStateMachine):
 def drain(world: World) -> None:
     """Nothing is left when all is freed."""
     world.forward()
-    for handle in list(world.seqs):
+    for handle in [*world.seqs, *world.swapped]:
         world.free(handle)
         with pytest.raises(FreedTwice):
             world.manager.free(handle)
@@ -420,6 +483,7 @@ def drain(world: World) -> None:
     world.pins = []
     world.forward()
     world.check_books()
+    assert world.manager.swap.num_free == world.manager.swap.num_blocks
     assert world.manager.pool.num_free == world.manager.pool.num_blocks
 
 
