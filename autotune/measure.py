@@ -1,0 +1,247 @@
+"""library × workload × verified variants → microseconds of each in interleaved rounds.
+
+GPU: many calls captured in one CUDA graph, events around its replay. CPU: a monotonic clock around the
+call, threads stated by ``PAGEDGEN_NUM_THREADS``. On both, the inputs rotate through pools that together
+exceed four times the last-level cache, with random block tables, and every round times every candidate once,
+in an order of its own. The functions here run in a worker process (:mod:`pagedgen.autotune.worker`), which
+keeps the inputs of a workload from one call to the next.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pagedgen.autotune.worker import say
+from pagedgen.compiler.verify import Inputs, Pool, gate, make_inputs, run_case
+from pagedgen.errors import GateFailure, PagedgenError
+from pagedgen.runtime.library import Library
+from pagedgen.values.record import Verdict
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.workload import Workload
+
+ROTATION = 4  # bytes of all pools over bytes of the last-level cache
+SAMPLE_US = 1000.0  # calls are repeated until one sample takes this long
+MAX_CALLS = 256  # in one sample
+KEPT_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # of inputs, from one call to the next
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A variant of a library that passed the gate: the only thing that is ever timed.
+
+    Raises:
+        GateFailure: the verdict is not a pass.
+    """
+
+    variant: int
+    schedule: Schedule
+    verdict: Verdict
+
+    def __post_init__(self) -> None:
+        if not self.verdict.passed:
+            raise GateFailure(f"{self.schedule.name}: {self.verdict.reason or 'did not pass the gate'}")
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Microseconds of one call, by variant and round; ``failed`` says why a variant has none."""
+
+    times: Mapping[int, tuple[float, ...]]
+    failed: Mapping[int, str]
+
+
+def device_name(kind: str) -> str:
+    """torch's name for a target kind's device."""
+    return "cpu" if kind == "cpu" else "cuda"
+
+
+def pool_layout(device: str) -> Pool:
+    """The KV layout that is timed: on CPUs the one of the project's own cache, on GPUs vLLM's."""
+    return "hnd" if device == "cpu" else "nhd"
+
+
+@cache
+def last_level_cache_bytes(device: str) -> int:
+    """Size of the cache that inputs have to outrun."""
+    if device != "cpu":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [32 << 20]  # where the system does not say: a common L3
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        scale = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KM")) * scale)
+    return max(sizes)
+
+
+class Rotation:
+    """Inputs of one workload, enough of them that none is still cached when its turn comes again."""
+
+    def __init__(self, spec: KernelSpec, workload: Workload, device: str, seed: int) -> None:
+        size = max(1, workload.kv_bytes(spec))
+        count = min(64, 1 + math.ceil(ROTATION * last_level_cache_bytes(device) / size))
+        if size > ROTATION * last_level_cache_bytes(device):
+            count = 1  # a call reads so much that it evicts its own beginning
+        self.num_bytes = count * size
+        self.inputs: list[Inputs] = [
+            make_inputs(spec, workload.seq_lens, device, seed + i, pool=pool_layout(device), poison=False)
+            for i in range(count)
+        ]
+
+
+_rotations: OrderedDict[tuple[KernelSpec, Workload, str, int], Rotation] = OrderedDict()
+
+
+def rotation(spec: KernelSpec, workload: Workload, device: str, seed: int = 0) -> Rotation:
+    """The inputs of a workload, made once and kept while there is room."""
+    key = (spec, workload, device, seed)
+    if key in _rotations:
+        _rotations.move_to_end(key)
+        return _rotations[key]
+    room = KEPT_BYTES[device] - max(1, workload.kv_bytes(spec))
+    while _rotations and sum(r.num_bytes for r in _rotations.values()) > room:
+        _rotations.popitem(last=False)
+    _rotations[key] = Rotation(spec, workload, device, seed)
+    return _rotations[key]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class Bench:
+    """One library on one workload; ``sample`` times one variant once."""
+
+    def __init__(self, library: Library, spec: KernelSpec, workload: Workload, device: str) -> None:
+        self.library, self.spec, self.device = library, spec, device
+        self.inputs = rotation(spec, workload, device).inputs
+        size = library.workspace_bytes(workload.num_seqs)
+        self.workspace = torch.zeros(max(1, size), dtype=torch.uint8, device=device)
+        self.calls = 0  # of one sample; settled by the first variant that is warmed up
+        self._graphs: dict[int, Any] = {}
+        self._next = 0
+
+    def _call(self, variant: int) -> None:
+        inputs = self.inputs[self._next % len(self.inputs)]
+        self._next += 1
+        run_case(self.spec, self.library, variant, inputs, self.workspace)
+
+    def warm(self, variant: int) -> None:
+        """First calls, untimed; on a GPU the capture of the graph."""
+        if self.device == "cpu":
+            for _ in range(2):
+                start = time.perf_counter()
+                self._call(variant)
+                once = (time.perf_counter() - start) * 1e6
+            self._settle(once)
+            return
+        begin, end = _event(), _event()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(side):
+            self._call(variant)
+            begin.record()
+            for _ in range(4):
+                self._call(variant)
+            end.record()
+        side.synchronize()
+        self._settle(begin.elapsed_time(end) * 1e3 / 4)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(self.calls):
+                self._call(variant)
+        graph.replay()
+        torch.cuda.synchronize()
+        self._graphs[variant] = graph
+
+    def _settle(self, once_us: float) -> None:
+        if not self.calls:
+            wanted = min(MAX_CALLS, max(1, math.ceil(SAMPLE_US / max(once_us, 1.0))))
+            if self.device != "cpu":  # whole turns, so that every replay reads what the last one evicted
+                wanted = math.ceil(max(wanted, 8) / len(self.inputs)) * len(self.inputs)
+            self.calls = wanted
+
+    def sample(self, variant: int) -> float:
+        """Microseconds of one call, averaged over one sample."""
+        if self.device == "cpu":
+            start = time.perf_counter()
+            for _ in range(self.calls):
+                self._call(variant)
+            return (time.perf_counter() - start) * 1e6 / self.calls
+        begin, end = _event(), _event()
+        begin.record()
+        self._graphs[variant].replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3 / self.calls
+
+
+_libraries: OrderedDict[Path, Library] = OrderedDict()
+_bench: tuple[tuple[Path, KernelSpec, Workload, str], Bench] | None = None
+
+
+def _library(path: Path) -> Library:
+    if path not in _libraries:
+        _libraries[path] = Library(path)
+    return _libraries[path]
+
+
+def pin() -> None:
+    """Keep this process on the cores it has, as many as there are kernel threads."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        threads = int(os.environ.get("PAGEDGEN_NUM_THREADS", 0)) or len(cores)
+        os.sched_setaffinity(0, cores[:threads])
+
+
+def gate_variant(library: Path, spec: KernelSpec, variant: int, device: str, seed: int) -> Verdict:
+    """The correctness gate, for a worker."""
+    return gate(_library(library), spec, variant, device, seed)
+
+
+def measure(
+    library: Path,
+    spec: KernelSpec,
+    workload: Workload,
+    variants: Sequence[Verified],
+    rounds: int,
+    device: str,
+    seed: int = 0,
+) -> Samples:
+    """Time verified variants of a library in ``rounds`` interleaved rounds, for a worker.
+
+    It says which variant is up before it runs, so that a crash or a hang is charged to the right one.
+    """
+    global _bench
+    key = (library, spec, workload, device)
+    if _bench is None or _bench[0] != key:
+        _bench = None  # lets go of its graphs and workspace before the next are made
+        _bench = (key, Bench(_library(library), spec, workload, device))
+    bench = _bench[1]
+    failed: dict[int, str] = {}
+    order = [v.variant for v in variants]
+    for variant in list(order):
+        say(variant)
+        try:
+            bench.warm(variant)
+        except (PagedgenError, RuntimeError) as error:
+            failed[variant] = f"call failed: {error}"
+            order.remove(variant)
+    times: dict[int, list[float]] = {variant: [] for variant in order}
+    shuffle = random.Random(seed)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for variant in order:
+            say(variant)
+            times[variant].append(bench.sample(variant))
+    return Samples({variant: tuple(samples) for variant, samples in times.items()}, failed)

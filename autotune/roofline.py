@@ -1,0 +1,76 @@
+"""The read bandwidth of the device, measured in the run whose kernels it is held against.
+
+GPU: a Triton kernel that only reads and sums; ``copy_`` counts writes too and reaches less (2.4-3.0 TB/s
+where reading alone reaches 3.1 on an H100). CPU: :mod:`pagedgen.autotune.roofline_cpu`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from pagedgen.values.spec import KernelSpec
+
+GPU_BYTES = 2 << 30
+GPU_CONFIGS = (
+    (2048, 4, 8),
+    (4096, 8, 4),
+    (8192, 8, 4),
+    (4096, 4, 16),
+    (8192, 16, 2),
+)  # elements, warps, per SM
+ROUNDS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """GB/s. ``read_gbs`` is what a kernel's rate is stated against: on a CPU, random prefetched blocks.
+
+    ``limit_gbs`` is what nothing can exceed: on a CPU the best sequential rate, on a GPU the same figure.
+    """
+
+    read_gbs: float
+    limit_gbs: float
+
+
+def bandwidth(spec: KernelSpec, device: str) -> Bandwidth:
+    """Measure now; the block size of ``spec`` sets what a CPU reads at a time."""
+    if device == "cpu":
+        from pagedgen.autotune.roofline_cpu import measure_roofline
+
+        contiguous = spec.block_size * spec.head_dim * spec.kv_dtype.size
+        found = measure_roofline(max(64, contiguous // 64 * 64))
+        return Bandwidth(found.random_median_gbs, max(found.sequential_gbs, found.random_gbs))
+    best = gpu_read_gbs()
+    return Bandwidth(best, best)
+
+
+def gpu_read_gbs() -> float:
+    """The best median rate, over a few launch configurations, of a kernel that only reads: GB/s."""
+    import torch
+
+    memory = torch.ones(GPU_BYTES // 4, dtype=torch.int32, device="cuda")
+    sums = torch.empty(1 << 16, dtype=torch.int32, device="cuda")
+    num_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    from pagedgen.autotune.roofline_kernel import read_and_sum
+
+    best = 0.0
+    for block, warps, per_sm in GPU_CONFIGS:
+        grid = (num_sms * per_sm,)
+
+        def launch(grid: tuple[int] = grid, block: int = block, warps: int = warps) -> None:
+            read_and_sum[grid](memory, sums, memory.numel(), BLOCK=block, num_warps=warps)
+
+        launch()
+        times = []
+        for _ in range(ROUNDS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            launch()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        if int(sums[: grid[0]].sum()) != memory.numel():
+            raise RuntimeError("the roofline kernel did not read everything")
+        best = max(best, GPU_BYTES / statistics.median(times) / 1e6)
+    return best
