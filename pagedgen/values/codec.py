@@ -56,7 +56,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
         for name in data:
             if name not in fields:
-                raise InvalidValue(f"{where}.{name}", data[name], f"no such field; known: {', '.join(fields)}")
+                known = ", ".join(fields)
+                raise InvalidValue(f"{where}.{name}", data[name], f"no such field; known: {known}")
         hints = _hints(kind)
         values = {}
         for name, field in fields.items():
@@ -87,7 +88,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
             return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
         if len(args) != len(data):
             raise InvalidValue(where, data, f"{len(args)} items are expected")
-        return tuple(_decode(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(args, data, strict=True)))
+        pairs = enumerate(zip(args, data, strict=True))
+        return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
     if isinstance(kind, type) and issubclass(kind, Enum):
         try:
             return kind(data)

@@ -1,0 +1,386 @@
+"""The commands, their options and their help. What they do is in a module each, imported when it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pagedgen import __version__
+from pagedgen.errors import PagedgenError
+
+
+class Group(TyperGroup):
+    """Exit codes: 0 fine, 1 an error of ours (one line, no traceback), 2 usage, 130 interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PagedgenError as error:
+            from pagedgen.cli.console import fail
+
+            fail(str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            from pagedgen.cli.console import fail
+
+            fail("interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="pagedgen",
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+WHERE, WHAT, HOW, OUTPUT = "Where", "What", "How", "Output"
+
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        "--target",
+        metavar="NAME",
+        help="Processor, see [b]pagedgen targets[/]. Default: this machine's GPU, else its CPU.",
+        rich_help_panel=WHERE,
+    ),
+]
+Cpu = Annotated[bool, typer.Option("--cpu", help="This machine's CPU.", rich_help_panel=WHERE)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|PATH",
+        help="Attention shape of a model: a name of [b]pagedgen models[/], or a config.json.  "
+        "[dim]\\[default: llama-3-8b][/]",
+        rich_help_panel=WHAT,
+    ),
+]
+Tp = Annotated[
+    int, typer.Option(metavar="N", help="Tensor parallelism: heads of one of N ranks.", rich_help_panel=WHAT)
+]
+HeadDim = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Instead of the model's: 128.", rich_help_panel=WHAT)
+]
+QHeads = Annotated[
+    str | None,
+    typer.Option("--num-q-heads", metavar="LIST", help="Instead of the model's: 32.", rich_help_panel=WHAT),
+]
+KvHeads = Annotated[
+    str | None,
+    typer.Option("--num-kv-heads", metavar="LIST", help="Instead of the model's: 8.", rich_help_panel=WHAT),
+]
+BlockSize = Annotated[
+    str, typer.Option(metavar="LIST", help="Tokens a KV block: 16,64.", rich_help_panel=WHAT)
+]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="f32, f16, bf16, fp8_e4m3, fp8_e5m2. Default: that of the queries.",
+        rich_help_panel=WHAT,
+    ),
+]
+QDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="f32, f16, bf16. Default: that of the cache, or the model's.",
+        rich_help_panel=WHAT,
+    ),
+]
+KvScale = Annotated[
+    str, typer.Option(metavar="tensor|head", help="Granularity of fp8 scales.", rich_help_panel=WHAT)
+]
+Lse = Annotated[bool, typer.Option("--lse", help="Return the log-sum-exp as well.", rich_help_panel=WHAT)]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Request lengths to tune for: CSV, JSON lines or a histogram. Default: a grid of batch sizes "
+        "and lengths; [b]sample[/] is the conversation traffic that ships with pagedgen.",
+        rich_help_panel=HOW,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of every random choice.", rich_help_panel=HOW)]
+ScheduleText = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        metavar="FIELD=VALUE,…",
+        help="Fields that differ from the tuned schedule, or where none is known from the default one.",
+        rich_help_panel=HOW,
+    ),
+]
+Batch = Annotated[
+    str,
+    typer.Option("--workload", metavar="NxLEN", help="Batch size x KV tokens of each.", rich_help_panel=HOW),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="JSON on stdout, everything else on stderr.", rich_help_panel=OUTPUT)
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"pagedgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def pagedgen(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Generates, verifies, autotunes and packs paged-attention kernels.
+
+    Say what attention you need and which processor you have:
+
+    \b
+      [b]pagedgen doctor[/]                          what is missing here?
+      [b]pagedgen tune[/]                            this machine, Llama-3-8B
+      [b]pagedgen tune[/] --gpu a100 --kv-dtype fp8_e4m3      no GPU here: predicted
+      [b]pagedgen tune[/] --model qwen3-32b --tp 4 --out qwen3-32b.pack
+      [b]pagedgen generate[/] --gpu h100 --block-size 64      read the kernel
+      [b]pagedgen explain[/] --gpu h100 --workload 32x8192    why should it be fast?
+
+    \b
+    Then, where the model is served:
+      attention = pagedgen.load("qwen3-32b.pack")
+      out = attention.decode(q, k, v, block_table, seq_lens)
+    """
+
+
+@app.command()
+def tune(
+    gpu: Gpu = None,
+    cpu: Cpu = False,
+    model: Model = None,
+    tp: Tp = 1,
+    head_dim: HeadDim = None,
+    num_q_heads: QHeads = None,
+    num_kv_heads: KvHeads = None,
+    block_size: BlockSize = "16",
+    kv_dtype: KvDtype = None,
+    q_dtype: QDtype = None,
+    kv_scale: KvScale = "tensor",
+    lse: Lse = False,
+    trace: Trace = None,
+    effort: Annotated[
+        str, typer.Option(metavar="quick|standard|max", help="How long to search.", rich_help_panel=HOW)
+    ] = "standard",
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="At most this long in all: 90s, 10m, 2h.", rich_help_panel=HOW),
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PACK", help="Build a pack here as well.", rich_help_panel=OUTPUT)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Find the fastest kernels for a spec on a processor, and record them.
+
+    Where the processor is present, candidates are verified and timed. Where it is not, they are compiled for
+    it and ranked by the cost model; such records say [b]predicted[/].
+
+    \b
+    Lists make a product, one kernel spec for each combination:
+      [b]pagedgen tune[/]
+      [b]pagedgen tune[/] --cpu --trace sample --effort quick --out llama.pack
+      [b]pagedgen tune[/] --gpu a100 --model llama-3-8b --kv-dtype fp8_e4m3
+      [b]pagedgen tune[/] --model ./config.json --tp 4 --kv-dtype bf16,fp8_e4m3
+      [b]pagedgen tune[/] --head-dim 80 --budget 5m --json > tuned.json
+    """
+    from pagedgen.cli.options import Job
+    from pagedgen.cli.tune import run
+
+    job = Job.of(
+        gpu, cpu, model, tp, head_dim, num_q_heads, num_kv_heads, block_size, q_dtype, kv_dtype, kv_scale, lse
+    )
+    run(job, trace=trace, effort=effort, budget=budget, seed=seed, out=out, as_json=json)
+
+
+@app.command()
+def build(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PACK", help="The pack's folder. Default: MODEL.TARGET.pack.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    gpu: Gpu = None,
+    cpu: Cpu = False,
+    model: Model = None,
+    tp: Tp = 1,
+    head_dim: HeadDim = None,
+    num_q_heads: QHeads = None,
+    num_kv_heads: KvHeads = None,
+    block_size: BlockSize = "16",
+    kv_dtype: KvDtype = None,
+    q_dtype: QDtype = None,
+    kv_scale: KvScale = "tensor",
+    lse: Lse = False,
+    json: Json = False,
+) -> None:
+    """Make a pack from what tuning has recorded: kernels, dispatch table, manifest with SHA-256 of each file.
+
+    \b
+      [b]pagedgen build[/] --gpu a100 --kv-dtype fp8_e4m3 --out llama.a100.pack
+    """
+    from pagedgen.cli.build import run
+    from pagedgen.cli.options import Job
+
+    job = Job.of(
+        gpu, cpu, model, tp, head_dim, num_q_heads, num_kv_heads, block_size, q_dtype, kv_dtype, kv_scale, lse
+    )
+    run(job, out=out, as_json=json)
+
+
+@app.command()
+def generate(
+    gpu: Gpu = None,
+    cpu: Cpu = False,
+    model: Model = None,
+    tp: Tp = 1,
+    head_dim: HeadDim = None,
+    num_q_heads: QHeads = None,
+    num_kv_heads: KvHeads = None,
+    block_size: BlockSize = "16",
+    kv_dtype: KvDtype = None,
+    q_dtype: QDtype = None,
+    kv_scale: KvScale = "tensor",
+    lse: Lse = False,
+    schedule: ScheduleText = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it here instead.", rich_help_panel=OUTPUT)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Print the source of one kernel: short, specialised, every number a literal.
+
+    \b
+      [b]pagedgen generate[/] --gpu h100 --model llama-3-8b --kv-dtype fp8_e4m3
+      [b]pagedgen generate[/] --gpu a100 --schedule tile=128,num_warps=8 --out kernel.py
+    """
+    from pagedgen.cli.generate import run
+    from pagedgen.cli.options import Job
+
+    job = Job.of(
+        gpu, cpu, model, tp, head_dim, num_q_heads, num_kv_heads, block_size, q_dtype, kv_dtype, kv_scale, lse
+    )
+    run(job, schedule=schedule, out=out, as_json=json)
+
+
+@app.command()
+def explain(
+    gpu: Gpu = None,
+    cpu: Cpu = False,
+    model: Model = None,
+    tp: Tp = 1,
+    head_dim: HeadDim = None,
+    num_q_heads: QHeads = None,
+    num_kv_heads: KvHeads = None,
+    block_size: BlockSize = "16",
+    kv_dtype: KvDtype = None,
+    q_dtype: QDtype = None,
+    kv_scale: KvScale = "tensor",
+    lse: Lse = False,
+    schedule: ScheduleText = None,
+    workload: Batch = "32x4096",
+    json: Json = False,
+) -> None:
+    """Print the schedule space, its constraints and the cost model, with the numbers put in.
+
+    Times in it are [b]predicted[/].
+
+    \b
+      [b]pagedgen explain[/] --gpu a100 --kv-dtype fp8_e4m3 --workload 8x4096
+    """
+    from pagedgen.cli.explain import run
+    from pagedgen.cli.options import Job
+
+    job = Job.of(
+        gpu, cpu, model, tp, head_dim, num_q_heads, num_kv_heads, block_size, q_dtype, kv_dtype, kv_scale, lse
+    )
+    run(job, schedule=schedule, workload=workload, as_json=json)
+
+
+@app.command()
+def verify(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="A folder that tune or build wrote.")],
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Check a pack: every file against its SHA-256, then every kernel against a float64 reference.
+
+    A pack for another processor has its files checked, and no more; the output says so.
+
+    \b
+      [b]pagedgen verify[/] llama-3-8b.cpu.pack
+      [b]pagedgen verify[/] llama-3-8b.h100.pack --seed 7 --json
+    """
+    from pagedgen.cli.verify import run
+
+    run(pack, seed=seed, as_json=json)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str | None, typer.Option(metavar="NAME", help="Default: list the suites.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Every sample and the environment.")
+    ] = None,
+) -> None:
+    """Run a named benchmark: roofline, this project's kernels and the peers that are installed, side by side.
+
+    \b
+      [b]pagedgen bench[/]
+      [b]pagedgen bench[/] --suite decode-cpu --json decode-cpu.json
+    """
+    from pagedgen.cli.bench import run
+
+    run(suite, json)
+
+
+@app.command()
+def targets(json: Json = False) -> None:
+    """List the processors known by name, and the one this machine has.
+
+    \b
+      [b]pagedgen targets[/] --json
+    """
+    from pagedgen.cli.lists import show_targets
+
+    show_targets(as_json=json)
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """List the models known by name; any Hugging Face config.json works as well.
+
+    \b
+      [b]pagedgen models[/]
+    """
+    from pagedgen.cli.lists import show_models
+
+    show_models(as_json=json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check what pagedgen needs on this machine, and say how to get what is missing.
+
+    \b
+      [b]pagedgen doctor[/]
+    """
+    from pagedgen.cli.doctor import run
+
+    raise typer.Exit(run(as_json=json))

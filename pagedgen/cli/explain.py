@@ -1,0 +1,100 @@
+"""``pagedgen explain``: a family's space, constraints and cost formulas, with the numbers put in."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+from rich.markup import escape
+
+from pagedgen.cli import console
+from pagedgen.cli.options import Job, batch, schedule_of
+from pagedgen.compiler.cost import predict
+from pagedgen.compiler.families import family_for
+from pagedgen.compiler.space import feasible
+from pagedgen.values import codec
+
+
+def run(job: Job, *, schedule: str | None, workload: str, as_json: bool) -> None:
+    """Print four tables: fields, constraints, costs and the symbols behind them."""
+    job.warn()
+    spec, target, work = job.only, job.target, batch(workload)
+    family = family_for(spec, target)
+    chosen, origin = schedule_of(spec, target, schedule)
+    legal = feasible(spec, target)
+    prediction = predict(spec, target, chosen, work)
+    values = dict(family.symbols(spec, target, chosen, work))
+    best = min(legal, key=lambda s: (predict(spec, target, s, work).time_us, s))
+    best_us = predict(spec, target, best, work).time_us
+    fields = family.fields(spec, target)
+    points = math.prod(len(f.values) for f in fields)
+    figures = {**values, **dict(prediction.figures)}
+
+    def numbers(expression: sympy.Basic) -> str:
+        names = sorted(str(symbol) for symbol in expression.free_symbols)
+        return ", ".join(f"{name} {_number(figures[name])}" for name in names)
+
+    if as_json:
+        console.emit(
+            {
+                "spec": codec.encode(spec),
+                "target": codec.encode(target),
+                "family": family.name,
+                "workload": codec.encode(work),
+                "schedule": codec.encode(chosen),
+                "origin": origin,
+                "space": {"product": points, "legal": len(legal)},
+                "fields": [
+                    {"name": f.name, "values": list(f.values), "default": f.default, "meaning": f.meaning}
+                    for f in fields
+                ],
+                "constraints": [
+                    {"name": c.name, "holds": str(c.holds), "why": c.why} for c in family.constraints()
+                ],
+                "costs": [
+                    {
+                        "name": c.name,
+                        "unit": c.unit,
+                        "formula": str(c.formula),
+                        "meaning": c.meaning,
+                        "predicted": prediction[c.name],
+                    }
+                    for c in family.costs()
+                ],
+                "symbols": values,
+                "best_predicted": {"schedule": codec.encode(best), "time_us": best_us},
+            }
+        )
+        return
+    out = console.out()
+    gbs = work.kv_bytes(spec) / prediction.time_us / 1e3
+    out.print(
+        f"[b]{spec.name}[/] on [b]{target.name}[/] ({target.arch}), family [b]{family.name}[/], {work.name}"
+    )
+    out.print(f"schedule {chosen.name} ({origin})\n", markup=False)
+    console.table(
+        f"Space: {points} points, {len(legal)} of them legal",
+        ("field", "values", ">chosen", ">default", "meaning"),
+        ((f.name, " ".join(map(str, f.values)), chosen[f.name], f.default, f.meaning) for f in fields),
+    )
+    out.print("[b]Constraints[/]")
+    for constraint in family.constraints():
+        out.print(f"  [b]{constraint.name}[/]: {escape(constraint.why)}")
+        out.print(f"      {escape(str(constraint.holds))}", soft_wrap=True)
+        out.print(f"      [dim]{numbers(constraint.holds)}[/]", soft_wrap=True)
+    out.print("\n[b]Cost model[/] (predicted, not measured)")
+    for cost in family.costs():
+        value = f"{_number(prediction[cost.name])} {cost.unit}"
+        out.print(f"  [b]{cost.name}[/] = {value}: {escape(cost.meaning)}")
+        out.print(f"      {escape(str(cost.formula))}", soft_wrap=True)
+        out.print(f"      [dim]{numbers(cost.formula)}[/]", soft_wrap=True)
+    out.print()
+    out.print(
+        f"predicted {prediction.time_us:,.1f} µs, {gbs:,.0f} GB/s of KV; "
+        f"best of the space predicted {best_us:,.1f} µs: {best.name}",
+        markup=False,
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"

@@ -1,0 +1,211 @@
+"""Option texts → values: what a command is about (:class:`Job`), budgets, workloads and schedules."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pagedgen.errors import InvalidValue
+from pagedgen.values.model import decode_specs, dtype_pairs, find_model
+from pagedgen.values.schedule import Choice, Schedule
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, parse_dtype
+from pagedgen.values.target import Target
+from pagedgen.values.target_table import cpu_target, detect, target
+from pagedgen.values.trace import Trace, read_trace, sample_trace
+from pagedgen.values.workload import Workload
+
+if TYPE_CHECKING:
+    from pagedgen.autotune.database import Found
+
+DEFAULT_MODEL = "llama-3-8b"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The specs and the target that a command was given; ``label`` names them for people and files."""
+
+    target: Target
+    specs: tuple[KernelSpec, ...]
+    label: str
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        gpu: str | None,
+        cpu: bool,
+        model: str | None,
+        tp: int,
+        head_dim: str | None,
+        num_q_heads: str | None,
+        num_kv_heads: str | None,
+        block_size: str,
+        q_dtype: str | None,
+        kv_dtype: str | None,
+        kv_scale: str,
+        lse: bool,
+    ) -> Job:
+        """From the options' texts; comma lists make a product, and what is not given comes from the model.
+
+        Raises:
+            InvalidValue, UnknownTarget, UnknownModel, MalformedFile, Unsupported: an option, by name.
+        """
+        if cpu and gpu:
+            raise InvalidValue("gpu", gpu, "not together with --cpu")
+        where = cpu_target() if cpu else target(gpu) if gpu else detect()
+        shape = find_model(model or DEFAULT_MODEL).shard(tp)
+        own_shape = any((head_dim, num_q_heads, num_kv_heads))
+        dims = integers("head_dim", head_dim) or [shape.head_dim]
+        q_heads = integers("num_q_heads", num_q_heads) or [shape.num_q_heads]
+        kv_heads = integers("num_kv_heads", num_kv_heads) or [shape.num_kv_heads]
+        try:
+            scale = KVScale(kv_scale)
+        except ValueError:
+            raise InvalidValue("kv_scale", kv_scale, "allowed: tensor, head") from None
+        specs = decode_specs(
+            itertools.product(dims, q_heads, kv_heads),
+            block_sizes=integers("block_size", block_size) or [16],
+            dtypes=dtype_pairs(dtypes("q_dtype", q_dtype), dtypes("kv_dtype", kv_dtype), shape.dtype),
+            kv_scale=scale,
+            # The layout that is fastest on the target, which the project's own KV cache has there.
+            k_inner=KInner.TOKEN if where.kind == "cpu" else KInner.DIM,
+            return_lse=lse,
+        )
+        explicit = own_shape and model is None
+        label = f"h{dims[0]}-q{q_heads[0]}-kv{kv_heads[0]}" if explicit else shape.name
+        return cls(where, specs, label, () if explicit else shape.gaps())
+
+    @property
+    def only(self) -> KernelSpec:
+        """The one spec, for commands that show one.
+
+        Raises:
+            InvalidValue: the options make several.
+        """
+        if len(self.specs) != 1:
+            names = ", ".join(spec.name for spec in self.specs)
+            raise InvalidValue("specs", names, "this command takes one: give one value an option")
+        return self.specs[0]
+
+    def warn(self) -> None:
+        """Say on stderr what the model needs that the kernels do not have."""
+        from pagedgen.cli.console import warn
+
+        for warning in self.warnings:
+            warn(warning)
+
+
+def split(text: str | None) -> list[str]:
+    """The parts of a comma list; none of an absent one."""
+    return [] if text is None else [part.strip() for part in text.split(",")]
+
+
+def integers(field: str, text: str | None) -> list[int]:
+    """A comma list of integers.
+
+    Raises:
+        InvalidValue: names the field and the part.
+    """
+    values = []
+    for part in split(text):
+        try:
+            values.append(int(part))
+        except ValueError:
+            raise InvalidValue(field, part, "an integer, or a comma list of them, is expected") from None
+    return values
+
+
+def dtypes(field: str, text: str | None) -> list[DType]:
+    """A comma list of dtypes.
+
+    Raises:
+        InvalidValue: names the field and the part.
+    """
+    return [parse_dtype(part, field) for part in split(text)]
+
+
+def seconds(text: str) -> float:
+    """``90``, ``90s``, ``10m`` or ``2h`` in seconds.
+
+    Raises:
+        InvalidValue: not a positive time.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
+    value = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if value <= 0:
+        raise InvalidValue("budget", text, "a time like 90s, 10m or 2h is expected")
+    return value
+
+
+def batch(text: str) -> Workload:
+    """``32x8192``: 32 sequences of 8192 tokens.
+
+    Raises:
+        InvalidValue: not of that form.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    if not found or not int(found[1]):
+        raise InvalidValue("workload", text, "sequences x tokens of each, like 32x8192, is expected")
+    return Workload.uniform(int(found[1]), int(found[2]))
+
+
+def trace_of(path: Path, seed: int) -> Trace:
+    """The trace at a path, or the shipped one where the path is ``sample`` and no such file exists."""
+    return sample_trace() if str(path) == "sample" and not path.exists() else read_trace(path, seed)
+
+
+def recorded(spec: KernelSpec, where: Target) -> Found | None:
+    """What is recorded of a spec for this machine's device, or where it has none for any of the target."""
+    from pagedgen.autotune.database import Database
+    from pagedgen.autotune.device import device_of, stamp_of
+    from pagedgen.compiler.compile import compiler_version
+    from pagedgen.compiler.families import family_for, template_hash
+
+    template = template_hash(family_for(spec, where))
+    stamp = stamp_of(where, template, compiler_version(where.kind), measured=device_of(where).present)
+    return Database().find(spec, where.name, stamp)
+
+
+def schedule_of(spec: KernelSpec, where: Target, text: str | None) -> tuple[Schedule, str]:
+    """The schedule to show and where it comes from: tuned where recorded, else the default; then ``text``.
+
+    Raises:
+        InvalidValue: no such field or value; the changed schedule is not legal.
+    """
+    from pagedgen.compiler.families import family_for
+    from pagedgen.compiler.space import default_schedule, feasible
+
+    found = recorded(spec, where)
+    if found is not None and found.entry.selection is not None:
+        base, origin = found.entry.selection.variants[0], f"{found.entry.selection.status}, {found.path}"
+    else:
+        base, origin = default_schedule(spec, where), "the default; nothing is recorded for this spec"
+    if text is None:
+        return base, origin
+    fields = {field.name: field.values for field in family_for(spec, where).fields(spec, where)}
+    changed = replace(base, choices=tuple(sorted({**dict(base.choices), **_changes(fields, text)}.items())))
+    if changed not in feasible(spec, where):
+        raise InvalidValue("schedule", changed.name, "not legal: pagedgen explain prints the constraints")
+    return changed, "given"
+
+
+def _changes(fields: dict[str, tuple[Choice, ...]], text: str) -> dict[str, Choice]:
+    changes: dict[str, Choice] = {}
+    for part in split(text):
+        name, _, value = part.partition("=")
+        if name not in fields:
+            raise InvalidValue("schedule", part, f"FIELD=VALUE is expected, fields: {', '.join(fields)}")
+        match = [choice for choice in fields[name] if str(choice) == value]
+        if not match:
+            raise InvalidValue(name, value, f"allowed: {', '.join(map(str, fields[name]))}")
+        changes[name] = match[0]
+    return changes
+
+
+def shape_text(specs: Sequence[KernelSpec]) -> str:
+    """``2 specs: decode-…, decode-…``"""
+    return f"{len(specs)} spec{'s' * (len(specs) > 1)}: {', '.join(spec.name for spec in specs)}"

@@ -1,0 +1,73 @@
+"""The command as a process: start-up, what help imports, interrupts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+MAIN = "from pagedgen.cli import main; main()"
+HEAVY = ("torch", "triton", "tvm", "optuna", "sympy", "jinja2", "numpy")
+
+
+def test_help_imports_nothing_heavy():
+    code = f"""
+import sys
+sys.argv = ["pagedgen", "--help"]
+try:
+    {MAIN}
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = sorted(set(sys.modules) & {set(HEAVY)!r})
+sys.exit(f"help imported {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_is_fast():
+    """Under 300 ms beyond a bare interpreter is the goal; the best of five keeps a busy machine out of it."""
+
+    def best(*arguments: str) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert best("-c", MAIN, "--help") < 0.3 + best("-c", "pass")
+
+
+def test_the_installed_script_answers():
+    script = Path(sys.executable).with_name("pagedgen")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("pagedgen ")
+
+
+def test_json_on_stdout_is_json_alone_even_with_warnings():
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "generate", "--gpu", "h100", "--model", "gemma-2-9b", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["spec"]["head_dim"] == 256
+    assert "capped at 50" in done.stderr
+
+
+def test_an_interrupt_is_130_without_a_traceback():
+    code = """
+import os, signal, sys
+import pagedgen.cli.lists as lists
+lists.show_models = lambda **_: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["pagedgen", "models"]
+from pagedgen.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130, (done.returncode, signal.SIGINT, done.stderr)
+    assert done.stderr == "error: interrupted\n"
