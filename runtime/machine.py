@@ -8,17 +8,9 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
-V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+from pagedgen.values.target_table import CPU_LEVELS
 
-# Flags of /proc/cpuinfo that code compiled for a level relies on, best level first. V3 and V4 are the levels
-# of the x86-64 psABI.
-CPU_LEVELS: dict[str, frozenset[str]] = {
-    "x86_64-avx512bf16": V4 | {"avx512_bf16", "avx512vbmi", "avx512_vbmi2"},
-    "x86_64-avx512": V4,
-    "x86_64-avx2": V3,
-    "aarch64-neon": frozenset({"asimd", "fphp", "asimdhp"}),
-}
+LEVELS = dict(CPU_LEVELS)
 
 
 def host() -> str:
@@ -41,17 +33,15 @@ def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
     return frozenset()
 
 
-def cpu_runs(arch: str, machine: str | None = None, flags: Iterable[str] | None = None) -> bool:
+def cpu_runs(arch: str, flags: Iterable[str] | None = None) -> bool:
     """Whether a processor (by default this one) has all that code of level ``arch`` uses."""
-    machine = host().rpartition("-")[2] if machine is None else machine
-    have = cpu_flags() if flags is None else frozenset(flags)
-    return arch in CPU_LEVELS and arch.startswith(f"{machine}-") and CPU_LEVELS[arch] <= have
+    return arch in LEVELS and LEVELS[arch] <= (cpu_flags() if flags is None else frozenset(flags))
 
 
-def cpu_arch(machine: str | None = None, flags: Iterable[str] | None = None) -> str | None:
+def cpu_arch(flags: Iterable[str] | None = None) -> str | None:
     """The best level that a processor (by default this one) runs; None if it runs none."""
     have = cpu_flags() if flags is None else frozenset(flags)
-    return next((arch for arch in CPU_LEVELS if cpu_runs(arch, machine, have)), None)
+    return next((arch for arch in LEVELS if cpu_runs(arch, have)), None)
 
 
 def gpu_runs(arch: str, capability: tuple[int, int], *, machine_code: bool = True, ptx: bool = True) -> bool:

@@ -14,8 +14,8 @@ import pagedgen
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 ROOT = Path(pagedgen.__file__).parent
 
-# Highest floor first; a module may import its own floor and those below. The package's face is on no floor: it
-# imports on demand.
+# Highest floor first; a module may import its own floor and those below. The package's face is on no floor:
+# it imports on demand.
 FLOORS = (
     ("pagedgen.cli", "pagedgen.integrations"),
     ("pagedgen.autotune",),
