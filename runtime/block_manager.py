@@ -574,7 +574,7 @@ class BlockManager:
         """Bring a sequence back.
 
         Returns:
-            int32 ``[n, 2]`` of (host block, block), to be copied at once. What the prefix cache still holds is
+            int32 ``[n, 2]`` of (host block, block), to be copied at once. What the cache still holds is
             taken from there and not copied.
 
         Raises:

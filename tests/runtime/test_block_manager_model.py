@@ -30,6 +30,8 @@ from pagedgen.errors import (
 )
 from pagedgen.runtime.block_manager import BlockManager
 from pagedgen.runtime.fingerprint import ExtraKey
+from pagedgen.runtime.kv_cache import KVCache, KVShape
+from pagedgen.values.spec import DType
 
 MASK = (1 << 63) - 1
 
@@ -72,8 +74,10 @@ class World:
             num_blocks, block_size, max_num_seqs=7, max_seq_len=self.max_len, windows=windows,
             num_host_blocks=20, secret=seed.to_bytes(16, "little"), **options,
         )  # fmt: skip
-        self.kv = np.zeros((len(windows), num_blocks, block_size), np.int64)
-        self.host = np.zeros((len(windows), self.manager.swap.num_blocks, block_size), np.int64)
+        # A real KV cache, one layer a group, whose K and V of a token are eight bytes each: one model value.
+        shape = KVShape(len(windows), num_kv_heads=1, head_dim=2, block_size=block_size, dtype=DType.F32)
+        self.cache = KVCache(shape, num_blocks, num_host_blocks=self.manager.swap.num_blocks)
+        self.kv = self.cache.storage.numpy().view(np.int64)  # [groups, K and V, num_blocks + 1, block_size]
         self.seqs: dict[int, Modelled] = {}
         self.swapped: dict[int, Modelled] = {}
         self.freed: list[int] = []
@@ -208,7 +212,7 @@ class World:
         except (OutOfHostBlocks, SequenceNotComputed):
             self.failures += 1
             return
-        self.host[:, pairs[:, 1]] = self.kv[:, pairs[:, 0]]
+        self.cache.swap_out(pairs)
         self.swapped[handle] = self.seqs.pop(handle)
 
     def swap_in(self, handle: int) -> None:
@@ -217,7 +221,7 @@ class World:
         except OutOfBlocks:
             self.failures += 1
             return
-        self.kv[:, pairs[:, 1]] = self.host[:, pairs[:, 0]]
+        self.cache.swap_in(pairs)
         self.seqs[handle] = self.swapped.pop(handle)
 
     def settle(self, handle: int) -> None:
@@ -234,16 +238,19 @@ class World:
 
     def forward(self) -> None:
         """Copies in random order, then the KV of all new tokens."""
-        copies = self.manager.take_copies().tolist()
+        pairs = self.manager.take_copies()
+        copies = pairs.tolist()
         assert not {s for s, _ in copies} & {d for _, d in copies}
         assert len({d for _, d in copies}) == len(copies)
-        self.random.shuffle(copies)
-        for source, destination in copies:
-            self.kv[:, destination] = self.kv[:, source]
+        if self.random.random() < 0.5:
+            self.cache.copy_blocks(pairs)
+        else:
+            self.cache.move_blocks(np.array(self.random.sample(copies, len(copies)), np.int32), 1)
         for handle, seq in self.seqs.items():
             for group in range(len(self.manager.groups)):
                 slots = self.manager.slots(handle, seq.computed, len(seq.tokens), group)
-                self.kv[group].reshape(-1)[slots] = np.array(seq.values[seq.computed :], np.int64) ^ group
+                for plane in self.kv[group]:
+                    plane.reshape(-1)[slots] = np.array(seq.values[seq.computed :], np.int64) ^ group
             seq.computed = len(seq.tokens)
         self.admitted = False
         self.check_bytes()
@@ -260,7 +267,8 @@ class World:
                     assert first <= max(0, len(seq.tokens) - group.window + 1)  # the next query sees the rest
                 slots = self.manager.slots(handle, first, len(seq.tokens), index)
                 want = np.array(seq.values[first:], np.int64) ^ index
-                assert (self.kv[index].reshape(-1)[slots] == want).all(), (handle, index)
+                for plane in self.kv[index]:
+                    assert (plane.reshape(-1)[slots] == want).all(), (handle, index)
 
     def check_books(self) -> None:
         """No leak, no double owner: counts, free lists and index agree with the tables."""
@@ -353,10 +361,16 @@ class World:
     def act(self) -> None:
         """One random operation."""
         self.operations += 1
+        if self.pins and self.random.random() < 0.02:
+            self.manager.unpin(self.pins.pop(0))
         handles = list(self.seqs)
         handle = self.random.choice(handles) if handles else None
         kind = self.random.random()
-        if handle is None or kind < 0.12:
+        if self.swapped and kind > (0.97 if handles else 0.5):
+            self.swap_in(self.random.choice(list(self.swapped)))
+        elif self.swapped and kind > (0.965 if handles else 0.3):
+            self.free(self.random.choice(list(self.swapped)))
+        elif handle is None or kind < 0.12:
             self.admit()
         elif kind < 0.45:
             self.step(self.random.sample(handles, self.random.randint(1, len(handles))))
@@ -374,10 +388,6 @@ class World:
             self.bad_call()
         elif kind < 0.875:
             self.swap_out(handle)
-        elif kind < 0.90 and self.swapped:
-            self.swap_in(self.random.choice(list(self.swapped)))
-        elif kind < 0.905 and self.swapped:
-            self.free(self.random.choice(list(self.swapped)))
         else:
             self.forward()
 

@@ -1,0 +1,266 @@
+"""``KVCache``: the bytes behind the blocks, for all layers, and the batched operations on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from pagedgen.errors import InvalidPool
+from pagedgen.runtime.arrays import I32, I64
+from pagedgen.runtime.attention import TORCH_DTYPES
+from pagedgen.runtime.kv_layout import KVLayout
+from pagedgen.values.spec import DType, KVScale
+
+STAGING_BYTES = 64 << 20  # of device memory for blocks on their way to or from the host
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one token's K and V look like, in all layers.
+
+    Raises:
+        InvalidPool: a number below 1, or a scale that does not fit the type.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = 16
+    dtype: DType = DType.F16
+    kv_scale: KVScale = KVScale.NONE
+    layout: KVLayout = KVLayout.NHD
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "num_kv_heads", "head_dim", "block_size"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise InvalidPool(field, value, "an integer from 1 is allowed")
+        if self.dtype.is_fp8 == (self.kv_scale is KVScale.NONE):
+            allowed = "fp8 takes 'tensor' or 'head', other types take 'none'"
+            raise InvalidPool("kv_scale", self.kv_scale.value, allowed)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one block in one plane of one layer."""
+        elements = self.block_size * self.num_kv_heads * self.head_dim
+        return elements * self.dtype.size * 2 // self.layout.planes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers, K and V."""
+        return self.page_bytes * self.layout.planes * self.num_layers
+
+    def num_blocks(self, budget_bytes: int) -> int:
+        """Blocks that a memory budget holds, the spare block of :class:`KVCache` paid.
+
+        Raises:
+            InvalidPool: not even one.
+        """
+        blocks = budget_bytes // self.block_bytes - 1
+        if blocks < 1:
+            allowed = f"at least two blocks of {self.block_bytes} bytes are allowed"
+            raise InvalidPool("budget_bytes", budget_bytes, allowed)
+        return int(blocks)
+
+    def num_blocks_of_free(self, fraction: float, device: torch.device) -> int:
+        """Blocks that a fraction of the device's free memory holds.
+
+        Raises:
+            InvalidPool: a fraction outside 0 to 1, or not even one block.
+        """
+        if not 0 < fraction <= 1:
+            raise InvalidPool("fraction", fraction, "above 0 and up to 1 is allowed")
+        return self.num_blocks(int(free_memory(device) * fraction))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - not a real file
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise InvalidPool("device", device, "the free memory of this system cannot be read: state a budget")
+
+
+class KVCache:
+    """Pools of K and V for all layers.
+
+    Storage is one tensor ``[num_layers, planes, num_blocks + 1, page]``, so that one gather and one scatter
+    move any number of blocks in all layers at once. The block behind the last is a spare that takes what is
+    written to slot -1 (padding), which spares captured graphs a branch.
+
+    Args:
+        shape: see :class:`KVShape`.
+        num_blocks: blocks of the pool, as many as the block manager has.
+        device: where the pool is.
+        num_host_blocks: blocks of host memory (pinned for a GPU) to swap to.
+        k_scale, v_scale: float32 ``[num_layers, 1]`` or ``[num_layers, num_kv_heads]`` for an fp8 pool: what
+            stored values are multiplied with. Ones if not given.
+    """
+
+    def __init__(
+        self,
+        shape: KVShape,
+        num_blocks: int,
+        device: torch.device | str = "cpu",
+        *,
+        num_host_blocks: int = 0,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ) -> None:
+        if type(num_blocks) is not int or num_blocks < 1:
+            raise InvalidPool("num_blocks", num_blocks, "an integer from 1 is allowed")
+        self.shape, self.num_blocks, self.device = shape, num_blocks, torch.device(device)
+        planes = shape.layout.planes
+        # Zeros, not what was there: a masked key times a NaN of old memory would be NaN.
+        self.storage = torch.zeros(
+            (shape.num_layers, planes, num_blocks + 1, shape.page_bytes),
+            dtype=torch.uint8,
+            device=self.device,
+        )
+        pin = self.device.type == "cuda"
+        self.host = torch.empty(
+            (num_host_blocks, shape.num_layers, planes, shape.page_bytes), dtype=torch.uint8, pin_memory=pin
+        )
+        dtype = TORCH_DTYPES[shape.dtype]
+        # Index and copy operations know no fp8: bytes are bytes.
+        self._writable = torch.uint8 if shape.dtype.is_fp8 else dtype
+        typed = self.storage.view(dtype)
+        geometry = (shape.block_size, shape.num_kv_heads, shape.head_dim)
+        layers = [shape.layout.views(layer, *geometry) for layer in typed]
+        self.k = [
+            k[:num_blocks] for k, _ in layers
+        ]  # a layer: [num_blocks, block_size, num_kv_heads, head_dim]
+        self.v = [v[:num_blocks] for _, v in layers]
+        raw = [shape.layout.views(layer, *geometry) for layer in self.storage.view(self._writable)]
+        self._raw = raw  # with the spare block
+        self.k_scale = self._scale("k_scale", k_scale)
+        self.v_scale = self._scale("v_scale", v_scale)
+        # Eight bytes at a time where the page allows it: a gather of single bytes is slow.
+        wide = torch.int64 if shape.page_bytes % 8 == 0 else torch.uint8
+        self._blocks = self.storage.view(wide).flatten(0, 1)  # [layers * planes, num_blocks + 1, page]
+        self._host_blocks = self.host.view(wide).flatten(1, 2)  # [num_host_blocks, layers * planes, page]
+        self._side = torch.cuda.Stream(self.device) if pin else None  # type: ignore[no-untyped-call]
+
+    def slots(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer as token slots ``[num_blocks * block_size, num_kv_heads, head_dim]``.
+
+        Raises:
+            InvalidPool: only the NHD layout can be read so.
+        """
+        if self.shape.layout is not KVLayout.NHD:
+            raise InvalidPool("layout", self.shape.layout.value, "token slots are a view of 'nhd'")
+        return self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
+
+    def write_kv(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Store K and V of new tokens, converted to the pool's type.
+
+        Args:
+            k, v: ``[num_tokens, num_kv_heads, head_dim]``, any float type.
+            slots: int64 ``[num_tokens]``, block * block_size + offset, on the pool's device; -1: padding.
+        """
+        # Slot -1 floors to block -1: the spare one, by Python's and torch's indexing alike.
+        blocks = torch.div(slots, self.shape.block_size, rounding_mode="floor")
+        offsets = slots - blocks * self.shape.block_size
+        for pool, new, scale in zip(self._raw[layer], (k, v), (self.k_scale, self.v_scale), strict=True):
+            pool.index_put_((blocks, offsets), self._convert(new, None if scale is None else scale[layer]))
+
+    def copy_blocks(self, pairs: I32) -> None:
+        """Copy whole blocks, ``[n, 2]`` of (source, destination), in all layers at once.
+
+        One gather and one scatter, whatever ``n``; all is read before anything is written.
+        """
+        if pairs.size:
+            index = self._index(pairs)
+            self._blocks.index_copy_(1, index[:, 1], self._blocks.index_select(1, index[:, 0]))
+
+    def move_blocks(self, pairs: I32, batch: int | None = None) -> None:
+        """As :meth:`copy_blocks`, in batches of bounded memory; for moves whose batches do not overlap."""
+        batch = batch or self._batch
+        for i in range(0, len(pairs), batch):
+            self.copy_blocks(pairs[i : i + batch])
+
+    def swap_out(self, pairs: I32) -> None:
+        """Copy blocks to the host, ``[n, 2]`` of (block, host block).
+
+        On a GPU the blocks are gathered on the current stream, so that they may be overwritten by what is
+        launched next, and travel on a stream of their own beside it.
+        """
+        for i in range(0, len(pairs), self._batch):
+            part = pairs[i : i + self._batch]
+            gathered = self._blocks.index_select(1, self._index(part[:, 0])).transpose(0, 1).contiguous()
+            if self._side is None:
+                self._host_blocks[torch.from_numpy(part[:, 1].astype(np.int64))] = gathered
+                continue
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._side):
+                for first, last in runs(part[:, 1]):
+                    start = int(part[first, 1])
+                    self._host_blocks[start : start + last - first].copy_(
+                        gathered[first:last], non_blocking=True
+                    )
+            gathered.record_stream(self._side)
+
+    def swap_in(self, pairs: I32) -> None:
+        """Copy blocks from the host, ``[n, 2]`` of (host block, block); the current stream waits for them."""
+        for i in range(0, len(pairs), self._batch):
+            part = pairs[i : i + self._batch]
+            if self._side is None:
+                landed = self._host_blocks[torch.from_numpy(part[:, 0].astype(np.int64))]
+            else:
+                shape = (len(part), *self._host_blocks.shape[1:])
+                landed = torch.empty(shape, dtype=self._blocks.dtype, device=self.device)
+                self._side.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(self._side):  # behind swap-outs of the same host blocks
+                    for first, last in runs(part[:, 0]):
+                        start = int(part[first, 0])
+                        host = self._host_blocks[start : start + last - first]
+                        landed[first:last].copy_(host, non_blocking=True)
+                landed.record_stream(self._side)
+                torch.cuda.current_stream(self.device).wait_stream(self._side)
+            self._blocks.index_copy_(1, self._index(part[:, 1]), landed.transpose(0, 1))
+
+    @property
+    def _batch(self) -> int:
+        return max(1, STAGING_BYTES // self.shape.block_bytes)
+
+    def _index(self, blocks: I32) -> torch.Tensor:
+        index = torch.from_numpy(np.ascontiguousarray(blocks, np.int64))
+        if self.device.type == "cuda":
+            return index.pin_memory().to(self.device, non_blocking=True)
+        return index
+
+    def _scale(self, name: str, scale: torch.Tensor | None) -> torch.Tensor | None:
+        shape = self.shape
+        if shape.kv_scale is KVScale.NONE:
+            if scale is not None:
+                raise InvalidPool(name, tuple(scale.shape), f"no scale is allowed for {shape.dtype.value}")
+            return None
+        wanted = (shape.num_layers, shape.num_kv_heads if shape.kv_scale is KVScale.HEAD else 1)
+        if scale is None:
+            return torch.ones(wanted, dtype=torch.float32, device=self.device)
+        if tuple(scale.shape) != wanted or scale.dtype != torch.float32:
+            raise InvalidPool(name, (tuple(scale.shape), scale.dtype), f"float32 {list(wanted)} is allowed")
+        return scale.to(self.device)
+
+    def _convert(self, new: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if scale is None:
+            return new.to(self._writable)
+        dtype = TORCH_DTYPES[self.shape.dtype]
+        most = torch.finfo(dtype).max
+        scaled = (new.float() / scale[:, None]).clamp(-most, most)  # saturate: the cast alone gives NaN
+        return scaled.to(dtype).view(torch.uint8)
+
+
+def runs(numbers: I32 | I64) -> list[tuple[int, int]]:
+    """Index ranges (first, last + 1) in which ``numbers`` count up by one."""
+    if not len(numbers):
+        return []
+    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    edges = [0, *cuts.tolist(), len(numbers)]
+    return list(pairwise(edges))
