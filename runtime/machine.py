@@ -5,12 +5,8 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterable
-from functools import cache
-from pathlib import Path
 
-from pagedgen.values.target_table import CPU_LEVELS
-
-LEVELS = dict(CPU_LEVELS)
+from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags
 
 
 def host() -> str:
@@ -19,29 +15,15 @@ def host() -> str:
     return f"{sys.platform}-{machine}"
 
 
-@cache
-def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
-    """Instruction-set flags of the first processor, as Linux names them; empty where they cannot be read."""
-    try:
-        text = Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
 def cpu_runs(arch: str, flags: Iterable[str] | None = None) -> bool:
     """Whether a processor (by default this one) has all that code of level ``arch`` uses."""
-    return arch in LEVELS and LEVELS[arch] <= (cpu_flags() if flags is None else frozenset(flags))
+    return arch in CPU_LEVELS and CPU_LEVELS[arch] <= (cpu_flags() if flags is None else frozenset(flags))
 
 
 def cpu_arch(flags: Iterable[str] | None = None) -> str | None:
     """The best level that a processor (by default this one) runs; None if it runs none."""
     have = cpu_flags() if flags is None else frozenset(flags)
-    return next((arch for arch in LEVELS if cpu_runs(arch, have)), None)
+    return next((arch for arch in CPU_LEVELS if cpu_runs(arch, have)), None)
 
 
 def gpu_runs(arch: str, capability: tuple[int, int], *, machine_code: bool = True, ptx: bool = True) -> bool:

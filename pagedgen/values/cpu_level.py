@@ -17,7 +17,7 @@ CPU_LEVELS: dict[str, frozenset[str]] = {
     "x86_64-avx512bf16": V4 | {"avx512_bf16", "avx512vbmi", "avx512_vbmi2"},
     "x86_64-avx512": V4,
     "x86_64-avx2": V3,
-    "aarch64-neon": frozenset({"asimd", "fphp", "asimdhp"}),
+    "aarch64-neon": frozenset({"asimd", "asimdhp"}),
 }
 
 

@@ -18,20 +18,8 @@ from typing import Any
 
 from pagedgen.errors import DeviceMissing, UnknownTarget, Unsupported
 from pagedgen.values import codec
+from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags
 from pagedgen.values.target import Target
-
-CPUINFO = Path("/proc/cpuinfo")
-
-# What a level's code may use, as /proc/cpuinfo spells it; the best level comes first. The x86 ones are the
-# psABI's v4 and v3; avx512bf16 stands for the server cores that have VBMI beside it (Zen 4, Sapphire Rapids).
-X86_V3 = frozenset(("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"))
-X86_V4 = X86_V3 | frozenset(("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"))
-CPU_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("x86_64-avx512bf16", X86_V4 | frozenset(("avx512_bf16", "avx512vbmi", "avx512_vbmi2"))),
-    ("x86_64-avx512", X86_V4),
-    ("x86_64-avx2", X86_V3),
-    ("aarch64-neon", frozenset(("asimd", "asimdhp"))),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,34 +69,29 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def cpu_target(cpuinfo: Path = CPUINFO) -> Target:
+def cpu_target() -> Target:
     """This machine's CPU: its instruction-set level, and the cores this process may run on.
 
     Raises:
         Unsupported: none of the levels that kernels are generated for; names what is missing.
     """
-    return Target("cpu", "cpu", cpu_level(cpuinfo), num_cores(), source="detected on this machine")
+    return Target("cpu", "cpu", best_level(cpu_flags()), num_cores(), source="detected on this machine")
 
 
-def cpu_level(cpuinfo: Path = CPUINFO) -> str:
-    """The best instruction-set level of this CPU.
+def best_level(flags: frozenset[str]) -> str:
+    """The best instruction-set level that a processor with these flags runs.
 
     Raises:
-        Unsupported: not Linux, or none of the levels; names what is missing.
+        Unsupported: none; names what is missing.
     """
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise Unsupported(f"platform {platform.system()}: CPU kernels are generated for Linux") from error
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    flags = frozenset(found.group(1).split()) if found else frozenset()
-    for level, needed in CPU_LEVELS:
+    for level, needed in CPU_LEVELS.items():
         if needed <= flags:
             return level
-    _, least = CPU_LEVELS[3 if "asimd" in flags else 2]
-    missing = " ".join(sorted(least - flags))
-    levels = ", ".join(level for level, _ in CPU_LEVELS)
-    raise Unsupported(f"cpu: one of {levels} is needed; this one lacks {missing}")
+    if not flags:
+        raise Unsupported(f"platform {platform.system()}: CPU kernels are generated for Linux")
+    least = "aarch64-neon" if "asimd" in flags else "x86_64-avx2"
+    missing = " ".join(sorted(CPU_LEVELS[least] - flags))
+    raise Unsupported(f"cpu: one of {', '.join(CPU_LEVELS)} is needed; this one lacks {missing}")
 
 
 def gpu_target(index: int = 0) -> Target:

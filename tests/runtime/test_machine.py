@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from pagedgen.runtime.machine import LEVELS, cpu_arch, cpu_flags, cpu_runs, gpu_runs, host
+from pagedgen.runtime.machine import cpu_arch, cpu_runs, gpu_runs, host
+from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags
 
-BF16, V4, V3 = (LEVELS[f"x86_64-{level}"] for level in ("avx512bf16", "avx512", "avx2"))
+BF16, V4, V3 = (CPU_LEVELS[f"x86_64-{level}"] for level in ("avx512bf16", "avx512", "avx2"))
 
 
 @pytest.mark.parametrize(
@@ -49,8 +50,8 @@ def test_gpu_runs(arch, capability, machine_code, ptx, runs):
 )
 def test_cpu_arch(flags, best):
     assert cpu_arch(flags) == best
-    order = list(LEVELS)
-    for arch in LEVELS:
+    order = list(CPU_LEVELS)
+    for arch in CPU_LEVELS:
         same_family = best is not None and arch.split("-")[0] == best.split("-")[0]
         assert cpu_runs(arch, flags) is (same_family and order.index(arch) >= order.index(best))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pagedgen.errors import UnknownTarget, Unsupported
+from pagedgen.values.cpu_level import CPU_LEVELS
 from pagedgen.values.target_table import (
-    CPU_LEVELS,
-    cpu_level,
+    best_level,
     num_cores,
     row_of_device,
     table,
@@ -94,35 +93,26 @@ def test_mi300x_says_that_it_never_ran():
 def test_cpu_counts_the_cores_it_may_use():
     cpu = target("cpu")
     assert cpu.kind == "cpu" and cpu.num_sms == num_cores() >= 1
-    assert cpu.arch in dict(CPU_LEVELS)
+    assert cpu.arch in CPU_LEVELS
     assert cpu.bandwidth_gbs == 0  # measured, never published
 
 
-def _cpuinfo(folder: Path, text: str) -> Path:
-    path = folder / "cpuinfo"
-    path.write_text(text, encoding="utf-8")
-    return path
+@pytest.mark.parametrize(("level", "flags"), CPU_LEVELS.items())
+def test_cpu_levels(level, flags):
+    assert best_level(flags | {"fpu", "zzz"}) == level
 
 
-@pytest.mark.parametrize(("level", "flags"), CPU_LEVELS)
-def test_cpu_levels(tmp_path, level, flags):
-    key = "Features" if level.startswith("aarch64") else "flags"
-    path = _cpuinfo(tmp_path, f"processor\t: 0\n{key}\t\t: fpu {' '.join(sorted(flags))} zzz\n")
-    assert cpu_level(path) == level
+def test_avx512_without_its_byte_permutes_is_the_lower_level():
+    assert best_level(CPU_LEVELS["x86_64-avx512bf16"] - {"avx512vbmi"}) == "x86_64-avx512"
 
 
-def test_avx512_without_its_byte_permutes_is_the_lower_level(tmp_path):
-    flags = dict(CPU_LEVELS)["x86_64-avx512bf16"] - {"avx512vbmi"}
-    assert cpu_level(_cpuinfo(tmp_path, f"flags : {' '.join(flags)}\n")) == "x86_64-avx512"
-
-
-def test_a_cpu_of_no_level_says_what_it_lacks(tmp_path):
+def test_a_cpu_of_no_level_says_what_it_lacks():
     with pytest.raises(Unsupported, match=r"lacks .*avx2.* fma"):
-        cpu_level(_cpuinfo(tmp_path, "flags : fpu sse2 avx\n"))
+        best_level(frozenset({"fpu", "sse2", "avx"}))
     with pytest.raises(Unsupported, match="lacks asimdhp"):
-        cpu_level(_cpuinfo(tmp_path, "Features : fp asimd\n"))
-    with pytest.raises(Unsupported, match="Linux"):
-        cpu_level(tmp_path / "missing")
+        best_level(frozenset({"fp", "asimd"}))
+    with pytest.raises(Unsupported, match="generated for Linux"):
+        best_level(frozenset())
 
 
 def _device(name: str, sms: int, major: int = 9, minor: int = 0) -> SimpleNamespace:
