@@ -1,7 +1,7 @@
 """The grid of decode specs that is proved on real GPUs: head dims, ratios, block sizes and formats.
 
-``python tests/gpu/decode_grid.py TARGET EMBED FOLDER [SPEC…]`` builds a pack of each spec (all without names) with
-the default schedule, in parallel.
+``python tests/gpu/decode_grid.py TARGET EMBED FOLDER [SPEC…]`` builds a pack of each spec (all without names)
+with the default schedule, in parallel.
 """
 
 from __future__ import annotations
