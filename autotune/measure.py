@@ -192,6 +192,8 @@ _bench: tuple[tuple[Path, KernelSpec, Workload, str], Bench] | None = None
 
 def _library(path: Path) -> Library:
     if path not in _libraries:
+        while len(_libraries) > 1:
+            _libraries.popitem(last=False)
         _libraries[path] = Library(path)
     return _libraries[path]
 
@@ -207,6 +209,11 @@ def pin() -> None:
 def gate_variant(library: Path, spec: KernelSpec, variant: int, device: str, seed: int) -> Verdict:
     """The correctness gate, for a worker."""
     return gate(_library(library), spec, variant, device, seed)
+
+
+def device_works(device: str) -> None:
+    """Raise when an earlier kernel has broken this process's CUDA context, for a worker."""
+    torch.ones(1, device=device).sum().item()
 
 
 def measure(
@@ -235,6 +242,10 @@ def measure(
         try:
             bench.warm(variant)
         except (PagedgenError, RuntimeError) as error:
+            try:
+                device_works(device)
+            except RuntimeError:
+                os._exit(70)  # a broken context fails every later call: only this one is charged
             failed[variant] = f"call failed: {error}"
             order.remove(variant)
     times: dict[int, list[float]] = {variant: [] for variant in order}

@@ -1,0 +1,652 @@
+"""The tune driver: spec × target × workloads → records and a selection.
+
+Where the target's device is present: candidates are rendered, compiled in parallel, linked into one library a
+batch, gated and timed in a worker process, searched by TPE; the finalists are gated again on fresh inputs and
+timed together on every workload, and from that matrix the selection is made. Where it is absent: candidates
+are rendered, compiled for the architecture, filtered by what the binaries really use, and ranked by the cost
+model; the records say ``predicted``.
+
+A run that is killed continues from the records and binaries it left.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+
+from pagedgen.autotune.binaries import BinaryCache, Compiled, compile_all
+from pagedgen.autotune.database import Database, Entry, Fit, Found, fit
+from pagedgen.autotune.device import device_of, stamp_of
+from pagedgen.autotune.events import Progress, Started, Step, Tried, Warned, silent
+from pagedgen.autotune.measure import Verified, device_name, device_works, gate_variant, measure, pin
+from pagedgen.autotune.race import race
+from pagedgen.autotune.roofline import Bandwidth, bandwidth
+from pagedgen.autotune.search import Outcome, Stop, search
+from pagedgen.autotune.select import Selection, select
+from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
+from pagedgen.compiler.compile import compiler_version
+from pagedgen.compiler.cost import predict
+from pagedgen.compiler.families import family_for, template_hash
+from pagedgen.compiler.link import link
+from pagedgen.compiler.render import render
+from pagedgen.compiler.space import default_schedule, feasible
+from pagedgen.errors import CacheUnwritable, InvalidValue, NoCandidate
+from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.target import Target
+from pagedgen.values.workload import Workload
+
+GATE_S = 120.0  # limits in a worker; a gate takes 0.1-5 s, a sampling rarely more than 10 s
+MEASURE_S = 300.0
+RANKED = 4096  # schedules the model ranks at most, a random subset of larger spaces
+SEARCHED = 3  # workloads that candidates are timed on while searching; finalists meet all of them
+ENOUGH = 0.97  # share of what the memory can deliver at which the search ends
+RESERVED = 0.25  # share of the budget that is kept for the finalists
+
+
+class Effort(StrEnum):
+    """How hard to try."""
+
+    QUICK = "quick"
+    STANDARD = "standard"
+    MAX = "max"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an effort means."""
+
+    trials: int  # schedules tried
+    batch: int  # compiled, gated and timed together
+    budget_s: float
+    rungs: tuple[int, ...]  # rounds of the halving in the search
+    final_rounds: int
+    finalists: int
+
+
+PLANS: Mapping[Effort, Plan] = {
+    Effort.QUICK: Plan(40, 10, 120.0, (3, 4, 6), 15, 8),
+    Effort.STANDARD: Plan(120, 12, 900.0, (3, 4, 6, 10), 31, 8),
+    Effort.MAX: Plan(480, 16, 3600.0, (5, 6, 10, 16), 51, 12),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A schedule that fell out, at which stage (compile, gate, time) and why."""
+
+    schedule: Schedule
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the run did. ``known`` schedules came from records, ``cached`` binaries from an earlier run."""
+
+    space: int
+    known: int
+    compiled: int
+    cached: int
+    passed: int
+    timed: int
+    rejected: tuple[Rejection, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TuneResult:
+    """Everything a run found. ``path`` is None when the records could not be kept."""
+
+    spec: KernelSpec
+    target: Target
+    status: Status
+    records: tuple[Record, ...]  # the finalists', on every workload
+    selection: Selection
+    counts: Counts
+    stop: Stop
+    roofline_gbs: float  # 0 in a prediction
+    seconds: float
+    path: Path | None
+
+    def chosen(self, workload: Workload) -> Record:
+        """The record of the selection's pick for a workload that was tuned for."""
+        pick = self.selection.pick(workload.num_seqs, workload.max_seq_len)
+        for record in self.records:
+            if record.schedule == pick and record.workload.seq_lens == workload.seq_lens:
+                return record
+        raise InvalidValue("workload", workload.name, "a workload of this run is expected")
+
+
+class Workshop:
+    """Processes that runs share: one that measures, several that compile. Started when needed."""
+
+    def __init__(self, target: Target) -> None:
+        threads = {"PAGEDGEN_NUM_THREADS": str(target.num_sms)} if target.kind == "cpu" else {}
+        self.worker = Worker(threads)
+        self.pool = Pool(min(16, os.cpu_count() or 1), {"OMP_NUM_THREADS": "1"})
+        self.cache = BinaryCache()
+        self._folder = tempfile.TemporaryDirectory(prefix="pagedgen-tune-")
+
+    @property
+    def folder(self) -> Path:
+        """Where candidate libraries go."""
+        return Path(self._folder.name)
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.worker.close()
+        else:
+            self.worker.kill()
+        self.pool.__exit__(kind, error, trace)
+        self._folder.cleanup()
+
+
+def tune(
+    spec: KernelSpec,
+    target: Target,
+    workloads: Sequence[Workload],
+    *,
+    effort: Effort | str = Effort.STANDARD,
+    budget_s: float | None = None,
+    seed: int = 0,
+    database: Database | None = None,
+    progress: Progress = silent,
+    workshop: Workshop | None = None,
+) -> TuneResult:
+    """Find, prove and record the fastest kernels of a spec on a target.
+
+    Args:
+        workloads: what to be fast on; the selection's dispatch table is made from these.
+        effort: how many schedules are tried; ones on record for this device and these versions count, so a
+            run that was killed continues, and one that was finished only times its finalists again.
+        budget_s: seconds after which no further batch is started; the effort's own by default.
+        seed: of the search and of the gate's inputs.
+        database: where records are kept; the user's cache over the shipped one by default.
+        progress: is given every event.
+        workshop: processes to use and leave running; by default they last for this call.
+
+    Raises:
+        InvalidValue: no workload, an unknown effort, a budget that is not positive.
+        Unsupported: no template covers the spec on this target.
+        NoCandidate: nothing was legal, compiled and correct; says what happened to how many.
+        ToolMissing, HostCompilerMissing: a compiler is not installed.
+    """
+    begin = time.monotonic()
+    if effort not in list(Effort):
+        raise InvalidValue("effort", effort, f"allowed: {', '.join(Effort)}")
+    plan = PLANS[Effort(effort)]
+    if not workloads:
+        raise InvalidValue("workloads", (), "at least one is expected")
+    budget_s = plan.budget_s if budget_s is None else budget_s
+    if not budget_s > 0:
+        raise InvalidValue("budget", budget_s, "a positive number of seconds is expected")
+    distinct = tuple({w.seq_lens: w for w in workloads if w.num_tokens}.values())
+    if not distinct:
+        raise InvalidValue("workloads", [w.name for w in workloads], "at least one token to attend to")
+    present = device_of(target).present
+    run = _Run(spec, target, distinct, plan, seed, database or Database(), progress, present)
+    run.start(budget_s)
+    if workshop is not None:
+        return run.finish(workshop, begin, begin + budget_s)
+    with Workshop(target) as own:
+        return run.finish(own, begin, begin + budget_s)
+
+
+class _Run:
+    """The state of one call of :func:`tune`."""
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        target: Target,
+        workloads: tuple[Workload, ...],
+        plan: Plan,
+        seed: int,
+        database: Database,
+        progress: Progress,
+        present: bool,
+    ) -> None:
+        self.spec, self.target, self.workloads, self.plan, self.seed = spec, target, workloads, plan, seed
+        self.database, self.tell, self.present = database, progress, present
+        self.space = feasible(spec, target)
+        template = template_hash(family_for(spec, target))
+        self.stamp: Stamp = stamp_of(target, template, compiler_version(target.kind), measured=present)
+        self.found: Found | None = database.find(spec, target.name, self.stamp)
+        self.searched = spread(workloads, SEARCHED)
+        self.device = device_name(target.kind)
+        self.bandwidth = Bandwidth(0.0, 0.0)
+        self.rejected: list[Rejection] = []
+        self.compiled = self.cached = self.passed = self.timed = 0
+        self.records: dict[tuple[Schedule, Workload], Record] = {}
+        self.anchor: tuple[Schedule, float] | None = None  # timed in every batch, and its time in the first
+        self.binaries: dict[Schedule, Compiled] = {}
+        self.verdicts: dict[Schedule, Verdict] = {}
+        self.best_us: float | None = None
+        self.done = 0
+        self.path: Path | None = None
+        self.known = tuple(self._known())
+
+    def start(self, budget_s: float) -> None:
+        trials = min(self.plan.trials, len(self.space))
+        known = len(self.known)
+        event = Started(self.spec, self.target.name, self.present, len(self.space), trials, known, budget_s)
+        self.tell(event)
+
+    def finish(self, workshop: Workshop, begin: float, deadline: float) -> TuneResult:
+        self.workshop = workshop
+        if self.present:
+            status, (selection, records, stop) = Status.MEASURED, self._measured(begin, deadline)
+        else:
+            status, (selection, records, stop) = Status.PREDICTED, self._predicted(deadline)
+        self._keep(records, selection)
+        counts = Counts(
+            len(self.space),
+            len(self.known),
+            self.compiled,
+            self.cached,
+            self.passed,
+            self.timed,
+            tuple(self.rejected),
+        )
+        return TuneResult(
+            self.spec,
+            self.target,
+            status,
+            records,
+            selection,
+            counts,
+            stop,
+            self.bandwidth.read_gbs,
+            time.monotonic() - begin,
+            self.path,
+        )
+
+    # ---- the device is present ----
+
+    def _measured(self, begin: float, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
+        worker = self.workshop.worker
+        worker.call(pin, timeout_s=GATE_S)
+        self.bandwidth = worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
+        limit = self.bandwidth.limit_gbs
+        enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
+        self.done = len(self.known)
+        timed = [o for o in self.known if o.time_us is not None]
+        if timed:
+            best = min(timed, key=lambda o: o.time_us or math.inf)
+            self.anchor, self.best_us = (best.schedule, best.time_us or 0.0), best.time_us
+        trials = self.plan.trials - len(self.known)
+        stop, outcomes = Stop.TRIALS, self.known
+        if trials > 0:
+            found = search(
+                self.space,
+                self._evaluate,
+                trials=trials,
+                batch=self.plan.batch,
+                seed=self.seed,
+                start=self._start(),
+                known=self.known,
+                enough_us=enough,
+                deadline=begin + (deadline - begin) * (1 - RESERVED),
+            )
+            stop, outcomes = found.stop, found.outcomes
+        records = self._final(self._finalists(outcomes))
+        if not records:
+            raise NoCandidate(self._why_nothing())
+        times: dict[Schedule, dict[Workload, float]] = {}
+        for record in records:
+            times.setdefault(record.schedule, {})[record.workload] = record.time_us
+        return select(times), records, stop
+
+    def _known(self) -> Iterable[Outcome]:
+        """Schedules on record for exactly this device and these versions, on the searched workloads."""
+        if self.found is None or not self.present:
+            return
+        times: dict[Schedule, dict[tuple[int, ...], float]] = {}
+        legal = set(self.space)
+        for record in self.found.entry.records:
+            exact = record.status is Status.MEASURED and fit(record.stamp, self.stamp) is Fit.EXACT
+            if exact and record.schedule in legal:
+                times.setdefault(record.schedule, {})[record.workload.seq_lens] = record.time_us
+        for schedule, row in times.items():
+            if all(w.seq_lens in row for w in self.searched):
+                yield Outcome(schedule, geometric_mean([row[w.seq_lens] for w in self.searched]))
+
+    def _start(self) -> list[Schedule]:
+        """Tried first: the default, what was chosen before for this spec, and the model's favourites."""
+        legal = set(self.space)
+        start = [default_schedule(self.spec, self.target)]
+        if self.found is not None and self.found.entry.selection is not None:
+            start += [s for s in self.found.entry.selection.variants if s in legal]
+        start += self._ranked()[: self.plan.batch // 2]
+        return list(dict.fromkeys(start))
+
+    def _ranked(self) -> list[Schedule]:
+        """Schedules by the model's time over the workloads, fastest first."""
+        draw = random.Random(self.seed)
+        pool = self.space if len(self.space) <= RANKED else draw.sample(self.space, RANKED)
+        return sorted(pool, key=lambda s: geometric_mean([self._predict(s, w) for w in self.searched]))
+
+    def _predict(self, schedule: Schedule, workload: Workload) -> float:
+        return predict(self.spec, self.target, schedule, workload).time_us
+
+    def _evaluate(self, batch: tuple[Schedule, ...]) -> list[Outcome]:
+        """One batch through compile, link, gate and the race."""
+        anchor = self.anchor[0] if self.anchor else None
+        wanted = batch if anchor is None or anchor in batch else (anchor, *batch)
+        reasons: dict[Schedule, str] = {}
+        usable = self._compile(wanted, reasons)
+        verified, library = self._gate(usable, self.seed, reasons)
+        raced = self._race(library, verified, self.searched, self.plan.rungs, reasons, anchor, "time")
+        outcomes = []
+        scores = {s: geometric_mean([t.median_us for t in row.values()]) for s, row in raced.items()}
+        level = 1.0  # puts this batch's clock on the first batch's
+        if self.anchor is not None and self.anchor[0] in scores:
+            level = self.anchor[1] / scores[self.anchor[0]]
+        elif scores and self.anchor is None:
+            best = min(scores, key=lambda s: scores[s])
+            self.anchor = (best, scores[best])
+        records = []
+        for schedule in batch:
+            if schedule in scores:
+                outcomes.append(Outcome(schedule, scores[schedule] * level))
+                for workload, timing in raced[schedule].items():
+                    records.append(self._record(schedule, workload, timing, self.verdicts[schedule]))
+            else:
+                outcomes.append(Outcome(schedule, None, reasons[schedule]))
+        self._keep(records, None)
+        self.done += len(batch)
+        times = [o.time_us for o in outcomes if o.time_us is not None]
+        self.best_us = min([*times, *([self.best_us] if self.best_us else [])], default=None)
+        share = None
+        if self.best_us:
+            at_roofline = [w.kv_bytes(self.spec) / self.bandwidth.read_gbs / 1e3 for w in self.searched]
+            share = geometric_mean(at_roofline) / self.best_us
+        self.tell(Tried(tuple(outcomes), self.done, self.best_us, share))
+        return outcomes
+
+    def _compile(self, schedules: Sequence[Schedule], reasons: dict[Schedule, str]) -> list[Schedule]:
+        """Those that compile and do not spill."""
+        new = [s for s in schedules if s not in self.binaries]
+        sources = [render(self.spec, self.target, s) for s in new]
+        for done, compiled in enumerate(compile_all(sources, self.workshop.pool, self.workshop.cache), 1):
+            compiled = self._launchable(compiled)
+            self.binaries[compiled.source.schedule] = compiled
+            self.compiled += compiled.fresh
+            self.cached += not compiled.fresh
+            if compiled.binary is None:
+                self._reject(compiled.source.schedule, "compile", compiled.reason, reasons)
+            self.tell(Step("compile", done, len(new)))
+        for schedule in schedules:  # a reason known from an earlier batch
+            if self.binaries[schedule].binary is None:
+                reasons.setdefault(schedule, self.binaries[schedule].reason)
+        return [s for s in schedules if self.binaries[s].binary is not None]
+
+    def _launchable(self, compiled: Compiled) -> Compiled:
+        """A block whose registers do not fit one multiprocessor cannot be launched."""
+        if compiled.binary is None or not self.target.regs_per_sm:
+            return compiled
+        needed = compiled.binary.resources.registers * 32 * compiled.binary.num_warps
+        if needed <= self.target.regs_per_sm:
+            return compiled
+        reason = f"a block needs {needed} registers, {self.target.name} has {self.target.regs_per_sm}"
+        return replace(compiled, binary=None, reason=reason)
+
+    def _gate(
+        self, schedules: Sequence[Schedule], seed: int, reasons: dict[Schedule, str], again: bool = False
+    ) -> tuple[list[Verified], Path]:
+        """Link into one library and gate what has not passed yet (or everything, ``again``)."""
+        library = self.workshop.folder / f"{self.spec.name}-{time.monotonic_ns()}.so"
+        binaries = [b for s in schedules if (b := self.binaries[s].binary) is not None]
+        if not binaries:
+            return [], library
+        link(binaries, (), library)
+        verified = []
+        for variant, schedule in enumerate(schedules):
+            verdict = self.verdicts.get(schedule)
+            if verdict is None or again:
+                verdict = self._verdict(library, variant, seed)
+                if verdict.passed and schedule not in self.verdicts:
+                    self.passed += 1
+                self.verdicts[schedule] = verdict
+            if verdict.passed:
+                verified.append(Verified(variant, schedule, verdict))
+            else:
+                self._reject(schedule, "gate", verdict.reason, reasons)
+            self.tell(Step("gate", variant + 1, len(schedules)))
+        return verified, library
+
+    def _verdict(self, library: Path, variant: int, seed: int) -> Verdict:
+        """The gate's verdict; a crash, a hang or a refusal is one too, and costs this candidate only."""
+        worker = self.workshop.worker
+        try:
+            verdict = worker.call(
+                gate_variant, library, self.spec, variant, self.device, seed, timeout_s=GATE_S
+            )
+        except (WorkerLost, WorkerFailed) as error:
+            return Verdict(False, 0, math.inf, 0.0, seed, str(error))
+        if not verdict.passed and self.device != "cpu":
+            self._revive()
+        return verdict
+
+    def _revive(self) -> None:
+        """A kernel that failed may have taken the CUDA context along; then the next needs a new process."""
+        try:
+            self.workshop.worker.call(device_works, self.device, timeout_s=GATE_S)
+        except (WorkerLost, WorkerFailed):
+            self.workshop.worker.kill()
+
+    def _race(
+        self,
+        library: Path,
+        verified: Sequence[Verified],
+        workloads: Sequence[Workload],
+        rungs: Sequence[int],
+        reasons: dict[Schedule, str],
+        always: Schedule | None,
+        phase: str,
+    ) -> dict[Schedule, dict[Workload, Timing]]:
+        """Interleaved halving in the worker; a candidate that dies there is rejected and the rest go on."""
+        by_schedule = {v.schedule: v for v in verified}
+        steps = len(rungs) * len(workloads)
+        taken = 0
+
+        def sample(
+            workload: Workload, racing: tuple[Schedule, ...], rounds: int
+        ) -> dict[Schedule, tuple[float, ...]]:
+            nonlocal taken
+            alive = list(racing)
+            result: dict[Schedule, tuple[float, ...]] = {}
+            while alive:
+                variants = [by_schedule[s] for s in alive]
+                lost = self._sample(library, workload, variants, rounds, result)
+                if not lost:
+                    break
+                for schedule, reason in lost.items():
+                    self._reject(schedule, "time", reason, reasons)
+                    alive.remove(schedule)
+                if result:
+                    break
+            taken += 1
+            self.tell(Step(phase, taken, steps))
+            return result
+
+        if not verified:
+            return {}
+        keep = (always,) if always in by_schedule else ()
+        raced = race(
+            list(by_schedule), workloads, sample, rungs=rungs, always=[s for s in keep if s is not None]
+        )
+        self.timed += len(raced) if phase == "time" else 0
+        return raced
+
+    def _sample(
+        self,
+        library: Path,
+        workload: Workload,
+        variants: Sequence[Verified],
+        rounds: int,
+        result: dict[Schedule, tuple[float, ...]],
+    ) -> dict[Schedule, str]:
+        """One call of ``measure``: fills ``result``, returns who failed and why."""
+        names = {v.variant: v.schedule for v in variants}
+        try:
+            samples = self.workshop.worker.call(
+                measure,
+                library,
+                self.spec,
+                workload,
+                tuple(variants),
+                rounds,
+                self.device,
+                self.seed,
+                timeout_s=MEASURE_S,
+            )
+        except WorkerLost as lost:
+            if lost.last not in names:
+                raise  # it died before any candidate ran: not theirs to pay for
+            return {names[int(str(lost.last))]: lost.reason}
+        result.update({names[v]: times for v, times in samples.times.items()})
+        return {names[v]: reason for v, reason in samples.failed.items()}
+
+    def _finalists(self, outcomes: Sequence[Outcome]) -> list[Schedule]:
+        """The fastest over all workloads, and each workload's own fastest."""
+        timed = sorted((o for o in outcomes if o.time_us is not None), key=lambda o: o.time_us or 0.0)
+        finalists = [o.schedule for o in timed[: self.plan.finalists]]
+        legal = {o.schedule for o in timed}
+        for workload in self.searched:
+            rows = [r for (s, w), r in self.records.items() if w == workload and s in legal]
+            finalists += [r.schedule for r in sorted(rows, key=lambda r: r.time_us)[:1]]
+        return list(dict.fromkeys(finalists))
+
+    def _final(self, finalists: Sequence[Schedule]) -> tuple[Record, ...]:
+        """Gate again on fresh inputs, then time all together on every workload, no halving."""
+        reasons: dict[Schedule, str] = {}
+        usable = self._compile(finalists, reasons)
+        verified, library = self._gate(usable, self.seed + 1, reasons, again=True)
+        rounds = (self.plan.final_rounds,)
+        before = self.workshop.worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
+        raced = self._race(library, verified, self.workloads, rounds, reasons, None, "retime")
+        after = self.workshop.worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
+        self.bandwidth = Bandwidth(
+            (before.read_gbs + after.read_gbs) / 2, max(before.limit_gbs, after.limit_gbs)
+        )
+        return tuple(
+            self._record(schedule, workload, timing, self.verdicts[schedule])
+            for schedule, row in raced.items()
+            for workload, timing in row.items()
+        )
+
+    def _record(self, schedule: Schedule, workload: Workload, timing: Timing, verdict: Verdict) -> Record:
+        binary = self.binaries[schedule].binary
+        record = Record(
+            status=Status.MEASURED,
+            spec=self.spec,
+            target=self.target.name,
+            workload=workload,
+            schedule=schedule,
+            stamp=self.stamp,
+            resources=binary.resources if binary else Resources(),
+            predicted_us=self._predict(schedule, workload),
+            timing=timing,
+            roofline_gbs=self.bandwidth.read_gbs,
+            verdict=verdict,
+        )
+        self.records[schedule, workload] = record
+        return record
+
+    # ---- the device is absent ----
+
+    def _predicted(self, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
+        """The model's favourites that really compile for the architecture, as predictions."""
+        ranked = self._ranked()
+        usable: list[Schedule] = []
+        stop = Stop.TRIALS
+        tried = 0
+        while len(usable) < self.plan.finalists and tried < min(self.plan.trials, len(ranked)):
+            if usable and time.monotonic() >= deadline:
+                stop = Stop.BUDGET
+                break
+            batch = ranked[tried : tried + self.plan.batch]
+            reasons: dict[Schedule, str] = {}
+            usable += self._compile(batch, reasons)
+            tried += len(batch)
+            outcomes = []
+            for schedule in batch:
+                if schedule in reasons:
+                    outcomes.append(Outcome(schedule, None, reasons[schedule]))
+                else:
+                    mean = geometric_mean([self._predict(schedule, w) for w in self.searched])
+                    outcomes.append(Outcome(schedule, mean))
+                    self.best_us = min(mean, self.best_us or math.inf)
+            self.tell(Tried(tuple(outcomes), tried, self.best_us, None))
+        if not usable:
+            raise NoCandidate(self._why_nothing())
+        records = tuple(
+            Record(
+                Status.PREDICTED,
+                self.spec,
+                self.target.name,
+                workload,
+                schedule,
+                self.stamp,
+                binary.resources,
+                self._predict(schedule, workload),
+            )
+            for schedule in usable
+            for workload in self.workloads
+            if (binary := self.binaries[schedule].binary) is not None
+        )
+        times = {s: {w: self._predict(s, w) for w in self.workloads} for s in usable}
+        return select(times, Status.PREDICTED), records, stop
+
+    # ---- both ----
+
+    def _reject(self, schedule: Schedule, stage: str, reason: str, reasons: dict[Schedule, str]) -> None:
+        reasons[schedule] = reason
+        self.rejected.append(Rejection(schedule, stage, reason))
+
+    def _keep(self, records: Sequence[Record], selection: Selection | None) -> None:
+        """Publish records as soon as there are some; without a writable cache the run goes on regardless."""
+        if not records:
+            return
+        try:
+            entry = Entry(self.spec, self.target.name, tuple(records), selection)
+            self.path = self.database.save(entry)
+        except CacheUnwritable as error:
+            self.path = None
+            self.tell(Warned(f"records are not kept: {error}"))
+
+    def _why_nothing(self) -> str:
+        stages: dict[str, int] = {}
+        for rejection in self.rejected:
+            stages[rejection.stage] = stages.get(rejection.stage, 0) + 1
+        counted = ", ".join(f"{count} at {stage}" for stage, count in stages.items()) or "none was tried"
+        last = f"; the last: {self.rejected[-1].reason}" if self.rejected else ""
+        return f"{self.spec.name} on {self.target.name}: no candidate is left ({counted}{last})"
+
+
+def spread(workloads: Sequence[Workload], count: int) -> tuple[Workload, ...]:
+    """At most ``count`` workloads, evenly spaced among all by their number of tokens, ends included."""
+    if len(workloads) <= count:
+        return tuple(workloads)
+    ordered = sorted(workloads, key=lambda w: (w.num_tokens, w.max_seq_len, w.name))
+    return tuple(ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(sum(math.log(v) for v in values) / len(values))
