@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from pagedgen.runtime.fingerprint import ExtraKey, Salt, check_extra, check_salt
 from pagedgen.runtime.layer_group import LayerGroup
 from pagedgen.runtime.prefix_cache import PrefixCache, PrefixMatch, Proof
 from pagedgen.runtime.sequence_table import SequenceTable
+from pagedgen.runtime.stats import Counters, Stats
 from pagedgen.runtime.swap_space import SwappedBlocks, SwapSpace
 
 _MASK = (1 << 64) - 1
@@ -178,6 +179,7 @@ class BlockManager:
         self._pins: dict[int, I32] = {}
         self._next_pin = 0
         self._any_priority = False
+        self.counters = Counters()
         self._windowed = any(window is not None for window in windows)
 
     # Admission
@@ -250,6 +252,7 @@ class BlockManager:
         self.seqs.check_room(1)
         shortage = self._shortage(match, end)
         if shortage is not None:
+            self.counters.refused += 1
             raise shortage
         seq, row = self.seqs.add()
         self._requests[row] = Request(match.root, match.extra, priority)
@@ -288,6 +291,10 @@ class BlockManager:
         self.seq_lens[row] = end
         self._look_for_extra(row)
         self._set_tail(row)
+        self.counters.admitted += 1
+        self.counters.prompt_tokens += match.tokens.size
+        self.counters.hit_tokens += match.num_tokens
+        self.counters.partial_hit_tokens += match.partial
         return Admission(seq, match.num_tokens, end)
 
     def extend(self, seq: int, tokens: Sequence[int] | I32 | I64) -> None:
@@ -310,6 +317,7 @@ class BlockManager:
         grow = (self._blocks_for(end) - int(self._capacity[row]) // self.block_size) * len(self.groups)
         needed = max(0, grow) + sum(w.needed for w in writes)
         if needed > self.pool.num_free:
+            self.counters.refused += 1
             raise OutOfBlocks(needed, self.pool.num_free)
         self._own_tails(writes)
         self._grow(row, end)
@@ -327,6 +335,7 @@ class BlockManager:
         self.seq_lens[row] = end
         self._look_for_extra(row)
         self._set_tail(row)
+        self.counters.appended_tokens += new.size
 
     # Decoding
 
@@ -360,6 +369,7 @@ class BlockManager:
         writes = self._plan_tails(rows, offsets != 0) if self._num_check_tail else []
         needed += sum(w.needed for w in writes)
         if needed > self.pool.num_free:
+            self.counters.refused += 1
             raise OutOfBlocks(needed, self.pool.num_free)
         self._own_tails(writes)
         if short.size:
@@ -393,6 +403,7 @@ class BlockManager:
         if self._windowed:
             self._release_windows(rows, positions)
         self._step_of[rows] = self._step
+        self.counters.appended_tokens += rows.size
         return Step(rows, positions, slots)
 
     def blocks_needed(self, seqs: Sequence[int] | I64) -> int:
@@ -441,6 +452,7 @@ class BlockManager:
         del self._requests[row]
         self.seq_lens[row] = 0
         self._capacity[row] = 0
+        self.counters.freed += 1
         self.seqs.remove(row)
 
     def fork(self, seq: int, n: int = 1) -> list[int]:
@@ -482,6 +494,7 @@ class BlockManager:
             children.append(child)
             if length % self.block_size:
                 self._mark_tail_check(at)
+        self.counters.forked += n
         if length % self.block_size:
             self._mark_tail_check(row)
         return children
@@ -568,6 +581,8 @@ class BlockManager:
         self._capacity[row] = count * self.block_size
         self.swap.records[row] = records
         self.seqs.suspend(row)
+        self.counters.preempted += 1
+        self.counters.swapped_out_blocks += sum(columns.size for columns in leaving)
         return np.concatenate(pairs)
 
     def swap_in(self, seq: int) -> I32:
@@ -592,6 +607,7 @@ class BlockManager:
             for record, kept in zip(records, alive, strict=True)
         )
         if needed > self.pool.num_free - revived:
+            self.counters.refused += 1
             raise OutOfBlocks(needed, max(0, self.pool.num_free - revived))
         for record, kept in zip(records, alive, strict=True):
             self.pool.share(record.device[kept])
@@ -610,6 +626,8 @@ class BlockManager:
         self._set_tail(row)
         if int(self.seq_lens[row]) % self.block_size:
             self._mark_tail_check(row)
+        self.counters.swapped_in_blocks += needed
+        self.counters.swap_saved_blocks += sum(int(kept.sum()) for kept in alive)
         return np.concatenate(pairs)
 
     # Reading
@@ -644,6 +662,59 @@ class BlockManager:
         blocks[: int(self.groups[group].starts[row])] = 0
         return blocks
 
+    def refs(self, seq: int, group: int = 0) -> I32:
+        """Owners of each block of a sequence's tokens; 0 for those released behind a window."""
+        row = self.seqs.resident_row(seq)
+        counts = self.pool.refs.take(self.blocks(seq, group))
+        counts[: int(self.groups[group].starts[row])] = 0
+        return counts
+
+    def stats(self) -> Stats:
+        """A snapshot; O(sequences), so fit for every step of a serving loop."""
+        size = self.block_size
+        rows = np.array([self.seqs.row(seq) for seq in self.seqs.handles], np.int64)
+        suspended = np.array([self.seqs.is_suspended(int(row)) for row in rows], np.bool_)
+        rows = rows[~suspended]
+        counts = self._capacity.take(rows) // size
+        lengths = self.seq_lens.take(rows)
+        tails = (lengths - 1) // size  # column of each sequence's last token
+        logical = empty = 0
+        for group in self.groups:
+            logical += int((counts - group.starts.take(rows)).sum())
+            empty += int((counts - tails - 1).sum()) * size  # slots for drafts
+            # A shared last block is as full as its longest owner has it.
+            blocks = group.get(rows, np.maximum(tails, 0))[lengths > 0]
+            fills = (lengths - tails * size)[lengths > 0]
+            order = np.lexsort((fills, blocks))
+            last = np.append(blocks[order][1:] != blocks[order][:-1], True) if blocks.size else order > 0
+            empty += int((size - fills[order][last]).sum())
+        used = self.pool.num_blocks - self.pool.num_free
+        counters = replace(self.counters)
+        for row, records in self.swap.records.items():
+            for group, record in zip(self.groups, records, strict=True):
+                logical += int(self._capacity[row]) // size - int(group.starts[row]) - record.columns.size
+        host = self.seqs.nbytes + self.pool.nbytes + (self.cache.nbytes if self.cache else 0)
+        host += sum(a.nbytes for g in self.groups for a in (g.tails, g.starts)) + self._recent.nbytes
+        host += 4 * logical  # of the block tables only what is in use is ever touched
+        return Stats(
+            num_blocks=self.pool.num_blocks,
+            used_blocks=used,
+            cached_blocks=self.pool.num_cached_free,
+            free_blocks=self.pool.num_free,
+            sequences=len(self.seqs),
+            swapped_sequences=int(suspended.sum()),
+            pinned_blocks=sum(pin.size for pin in self._pins.values()),
+            stored_tokens=max(0, used * size - empty),
+            utilisation=used / self.pool.num_blocks,
+            waste=empty / (used * size) if used else 0.0,
+            sharing_saving=max(0.0, 1 - used / logical) if logical else 0.0,
+            hit_rate=counters.hit_tokens / counters.prompt_tokens if counters.prompt_tokens else 0.0,
+            host_blocks=self.swap.num_blocks,
+            host_blocks_used=self.swap.num_blocks - self.swap.num_free,
+            host_bytes=host,
+            counters=counters,
+        )
+
     def take_copies(self) -> I32:
         """Block copies to run before this step's forward pass: int32 ``[n, 2]`` of (source, destination).
 
@@ -660,6 +731,7 @@ class BlockManager:
             return np.empty((0, 2), np.int32)
         copies = np.array([(s, d) for d, s in self._copies.items()], np.int32)
         self._copies = {}
+        self.counters.copied_blocks += len(copies)
         sources, counts = np.unique(copies[:, 0], return_counts=True)
         self._release(sources, counts.astype(np.int32))
         return copies
@@ -717,6 +789,7 @@ class BlockManager:
         blocks, evicted = self.pool.take(n)
         if evicted.size and self.cache is not None:
             self.cache.forget(evicted)
+            self.counters.evicted_blocks += evicted.size
         return blocks
 
     def _release(self, blocks: I32, owners: I32 | int = 1) -> None:
@@ -1058,6 +1131,7 @@ class BlockManager:
                 self._release(group.table[row, start:first].copy())
                 group.set_row(row, start, np.zeros(first - start, np.int32))
                 group.starts[row] = first
+                self.counters.window_blocks += first - start
 
 
 def _check_int(field: str, value: object, least: int, most: int) -> None:

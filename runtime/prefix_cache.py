@@ -206,7 +206,8 @@ class PrefixCache:
                 new = known < 0
                 self.index.insert(mine[new], a[new], b[new])
                 standing = np.where(new, mine, known)
-            self._unwritten.append(mine)
+            if fill == self.block_size:  # a part of a block is entered when it is computed and its owner ends
+                self._unwritten.append(mine)
             rows = ((parents[0] + np.uint64(ka)) >> np.uint64(64 - self._tail_bits)).astype(np.int64)
             self._tail_block[rows] = standing
             self._tail_fill[rows] = fill

@@ -297,6 +297,18 @@ class World:
             np.add.at(refs, blocks, 1)
         np.add.at(refs, list(manager._copies.values()), 1)
         assert (refs == pool.refs).all()
+        stats = manager.stats()
+        assert stats.used_blocks == int((refs > 0).sum()) == manager.pool.num_blocks - stats.free_blocks
+        if not manager._pins and not manager._copies and not self.swapped:
+            fills: dict[int, int] = {}
+            for handle, seq in self.seqs.items():
+                for index, group in enumerate(manager.groups):
+                    first = int(group.starts[manager.seqs.row(handle)])
+                    for column, block in enumerate(manager.blocks(handle, index).tolist()):
+                        if column >= first:
+                            fill = min(manager.block_size, len(seq.tokens) - column * manager.block_size)
+                            fills[block] = max(fill, fills.get(block, 0))
+            assert stats.stored_tokens == sum(fills.values())
         assert len(set(host)) == len(host)
         assert sorted(host) == np.flatnonzero(~manager.swap._free).tolist()
         assert manager.swap.num_free == manager.swap.num_blocks - len(host)
