@@ -1,0 +1,244 @@
+"""``pagedgen tune``: the tune driver with progress and a result table; with ``--out``, a pack that is tried."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import Progress, TaskID
+
+from pagedgen.autotune.database import Entry
+from pagedgen.autotune.device import device_of
+from pagedgen.autotune.events import Event, Started, Step, Tried, Warned
+from pagedgen.autotune.tune import Effort, TuneResult, Workshop, tune
+from pagedgen.cli import build, console
+from pagedgen.cli.options import Job, seconds, trace_of
+from pagedgen.cli.trial import Decoded, try_pack
+from pagedgen.compiler.build import check_replaceable
+from pagedgen.compiler.families import family_for
+from pagedgen.errors import InvalidValue
+from pagedgen.values import codec
+from pagedgen.values.record import Status
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.trace import decode_workloads
+from pagedgen.values.workload import Workload
+
+# Without a trace: (sequences, tokens of each), from one long request to many short ones.
+GRID = {
+    "cpu": ((1, 2048), (4, 2048), (16, 2048), (1, 16384)),
+    "gpu": ((1, 1024), (1, 8192), (8, 4096), (128, 1024), (32, 8192)),
+}
+BATCHES = {"cpu": (1, 4, 16, 64), "gpu": (1, 8, 32, 128)}  # sizes of the batches drawn from a trace
+MOST_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # of KV in one workload
+
+
+def run(
+    job: Job,
+    *,
+    trace: Path | None,
+    effort: str,
+    budget: str | None,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Tune every spec of the job in turn; what cannot work is refused before the first starts."""
+    begin = time.monotonic()
+    job.warn()
+    if effort not in list(Effort):
+        raise InvalidValue("effort", effort, f"allowed: {', '.join(Effort)}")
+    budget_s = seconds(budget) if budget else None
+    if out is not None:
+        check_replaceable(out)
+    for spec in job.specs:
+        family_for(spec, job.target)
+    present = device_of(job.target).present
+    device = device_of(job.target).name if present else "not on this machine: times are predictions"
+    console.note(f"{job.label} on {job.target.name} ({job.target.arch}; {device})")
+    results: list[TuneResult] = []
+    workloads: dict[KernelSpec, tuple[Workload, ...]] = {}
+    with Workshop(job.target) as workshop:
+        for i, spec in enumerate(job.specs):
+            workloads[spec] = workloads_of(spec, job.target.kind, trace, seed)
+            left = None
+            if budget_s is not None:  # what is left, shared evenly among the specs that are left
+                left = max(1.0, (begin + budget_s - time.monotonic()) / (len(job.specs) - i))
+            with console.progress() as bars:
+                watch = Watch(bars)
+                results.append(
+                    tune(
+                        spec,
+                        job.target,
+                        workloads[spec],
+                        effort=effort,
+                        budget_s=left,
+                        seed=seed,
+                        progress=watch,
+                        workshop=workshop,
+                    )
+                )
+            if not as_json:
+                show(results[-1], workloads[spec])
+    tried: list[Decoded] = []
+    if out is not None:
+        entries = [Entry(r.spec, r.target.name, r.records, r.selection) for r in results]
+        build.write(job.target, entries, out)
+        if not as_json:
+            build.report(out, entries, as_json=False)
+        if present:
+            load_ms, tried = try_pack(out, workloads)
+            if not as_json:
+                _show_trial(load_ms, tried)
+    if as_json:
+        data = [summary(result, workloads[result.spec]) for result in results]
+        pack = build.summary(out, entries) if out is not None else None
+        console.emit({"results": data, "pack": pack, "decoded": [codec.encode(row) for row in tried]})
+
+
+def workloads_of(spec: KernelSpec, kind: str, trace: Path | None, seed: int) -> tuple[Workload, ...]:
+    """The batches to tune for, of the trace or of the grid; those that need too much memory are left out."""
+    group = "cpu" if kind == "cpu" else "gpu"
+    if trace is None:
+        made = tuple(Workload.uniform(n, length) for n, length in GRID[group])
+    else:
+        made = decode_workloads(trace_of(trace, seed), BATCHES[group], seed)
+    kept = tuple(w for w in made if w.kv_bytes(spec) <= MOST_BYTES[group]) or (min(made, key=_tokens),)
+    for workload in made:
+        if workload not in kept:
+            size = workload.kv_bytes(spec) / 2**30
+            console.note(
+                f"left out: {workload.name}, {size:.1f} GiB of KV ({MOST_BYTES[group] >> 30} GiB at most)"
+            )
+    return kept
+
+
+def _tokens(workload: Workload) -> int:
+    return workload.num_tokens
+
+
+class Watch:
+    """Events of the driver → one bar on a terminal, one line a batch elsewhere."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.task: TaskID | None = None
+        self.name = ""
+        self.trials = 0
+        self.best = ""
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        if isinstance(event, Started):
+            self.name, self.trials = event.spec.name, event.trials
+            how = "measured" if event.measured else "predicted"
+            known = f", {event.known} of them on record" if event.known else ""
+            console.note(f"{self.name}: {event.trials} of {event.space} schedules to try{known}, {how}")
+            self.task = self.bars.add_task(self.name, total=event.trials, completed=event.known)
+        elif isinstance(event, Warned):
+            console.warn(event.text)
+        elif self.task is not None and isinstance(event, Step):
+            self.bars.update(self.task, description=f"{event.phase} {event.done}/{event.total}{self.best}")
+        elif self.task is not None and isinstance(event, Tried):
+            share = f", {event.share:.0%} of the read bandwidth" if event.share else ""
+            self.best = f", best {event.best_us:,.1f} µs{share}" if event.best_us else ""
+            self.bars.update(self.task, completed=event.done)
+            if self.bars.disable:
+                console.note(f"  {event.done}/{self.trials} tried{self.best}")
+
+
+def show(result: TuneResult, workloads: Sequence[Workload]) -> None:
+    """The result table of one spec."""
+    measured = result.status is Status.MEASURED
+    rows = []
+    for workload in workloads:
+        record = result.chosen(workload)
+        spread = f"{record.timing.low_us:,.1f}-{record.timing.high_us:,.1f}" if record.timing else ""
+        share = f"{record.roofline_share:.0%}" if measured else ""
+        rows.append(
+            (
+                workload.name,
+                f"{workload.num_tokens:,}",
+                f"{record.time_us:,.1f}",
+                spread,
+                f"{record.gbs:,.1f}",
+                share,
+                result.selection.variants.index(record.schedule),
+            )
+        )
+    how = (
+        f"measured; read bandwidth {result.roofline_gbs:,.1f} GB/s" if measured else "predicted, not measured"
+    )
+    console.table(
+        f"{result.spec.name} on {result.target.name} ({how})",
+        (
+            "batch",
+            ">KV tokens",
+            ">µs" if measured else ">µs predicted",
+            ">p10-p90",
+            ">GB/s",
+            ">share",
+            "schedule",
+        ),
+        rows,
+    )
+    for i, schedule in enumerate(result.selection.variants):
+        console.out().print(f"  kernel {i}: {schedule.name}", soft_wrap=True)
+    counts = result.counts
+    console.note(
+        f"{counts.compiled} compiled, {counts.cached} from cache, {counts.passed} passed the gate, "
+        f"{counts.timed} timed, {len(counts.rejected)} rejected of {counts.space}; {result.stop}; "
+        f"{result.seconds:.0f} s; {result.path or 'records were not kept'}"
+    )
+
+
+def _show_trial(load_ms: float, rows: Sequence[Decoded]) -> None:
+    console.table(
+        f"The pack, loaded in {load_ms:.1f} ms, decoding",
+        ("spec", "batch", ">µs a call", ">GB/s", ">largest error", ">allowed there"),
+        (
+            (r.spec, r.batch, f"{r.call_us:,.1f}", f"{r.gbs:,.1f}", f"{r.error:.2g}", f"{r.allowed:.2g}")
+            for r in rows
+        ),
+    )
+
+
+def summary(result: TuneResult, workloads: Sequence[Workload]) -> dict[str, object]:
+    """JSON data of one spec's result."""
+    rows = []
+    for workload in workloads:
+        record = result.chosen(workload)
+        rows.append(
+            {
+                "workload": workload.name,
+                "num_seqs": workload.num_seqs,
+                "num_tokens": workload.num_tokens,
+                "schedule": dict(record.schedule.choices),
+                "time_us": record.time_us,
+                "predicted_us": record.predicted_us,
+                "timing": codec.encode(record.timing),
+                "gbs": record.gbs,
+                "roofline_share": record.roofline_share if record.timing else None,
+            }
+        )
+    return {
+        "spec": codec.encode(result.spec),
+        "name": result.spec.name,
+        "target": result.target.name,
+        "status": result.status.value,
+        "roofline_gbs": result.roofline_gbs or None,
+        "workloads": rows,
+        "selection": codec.encode(result.selection),
+        "counts": {
+            "space": result.counts.space,
+            "known": result.counts.known,
+            "compiled": result.counts.compiled,
+            "cached": result.counts.cached,
+            "passed": result.counts.passed,
+            "timed": result.counts.timed,
+            "rejected": len(result.counts.rejected),
+        },
+        "stop": result.stop.value,
+        "seconds": round(result.seconds, 1),
+        "records": str(result.path) if result.path else None,
+    }
