@@ -1,4 +1,4 @@
-"""``pagedgen tune``: the tune driver with progress and a result table; with ``--out``, a pack that is tried."""
+"""``pagedgen tune``: the driver with progress and a result table; with ``--out``, a pack that is tried."""
 
 from __future__ import annotations
 
@@ -150,38 +150,21 @@ class Watch:
 def show(result: TuneResult, workloads: Sequence[Workload]) -> None:
     """The result table of one spec."""
     measured = result.status is Status.MEASURED
+    columns = ["batch", ">KV tokens", ">µs" if measured else ">µs predicted", ">GB/s", ">kernel"]
+    if measured:
+        columns[3:3] = [">p10-p90"]
+        columns[5:5] = [">of read rate"]
     rows = []
     for workload in workloads:
         record = result.chosen(workload)
-        spread = f"{record.timing.low_us:,.1f}-{record.timing.high_us:,.1f}" if record.timing else ""
-        share = f"{record.roofline_share:.0%}" if measured else ""
-        rows.append(
-            (
-                workload.name,
-                f"{workload.num_tokens:,}",
-                f"{record.time_us:,.1f}",
-                spread,
-                f"{record.gbs:,.1f}",
-                share,
-                result.selection.variants.index(record.schedule),
-            )
-        )
-    how = (
-        f"measured; read bandwidth {result.roofline_gbs:,.1f} GB/s" if measured else "predicted, not measured"
-    )
-    console.table(
-        f"{result.spec.name} on {result.target.name} ({how})",
-        (
-            "batch",
-            ">KV tokens",
-            ">µs" if measured else ">µs predicted",
-            ">p10-p90",
-            ">GB/s",
-            ">share",
-            "schedule",
-        ),
-        rows,
-    )
+        row = [workload.name, f"{workload.num_tokens:,}", f"{record.time_us:,.1f}", f"{record.gbs:,.1f}"]
+        row.append(str(result.selection.variants.index(record.schedule)))
+        if record.timing:
+            row[3:3] = [f"{record.timing.low_us:,.1f}-{record.timing.high_us:,.1f}"]
+            row[5:5] = [f"{record.roofline_share:.0%}"]
+        rows.append(row)
+    how = f"measured; read rate {result.roofline_gbs:,.1f} GB/s" if measured else "predicted, not measured"
+    console.table(f"{result.spec.name} on {result.target.name} ({how})", columns, rows)
     for i, schedule in enumerate(result.selection.variants):
         console.out().print(f"  kernel {i}: {schedule.name}", soft_wrap=True)
     counts = result.counts
