@@ -8,35 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import tvm_ffi
 
 from pagedgen import errors
 
+if TYPE_CHECKING:
+    import torch
+
+    Decode = Callable[
+        [
+            torch.Tensor,  # q
+            torch.Tensor,  # k
+            torch.Tensor,  # v
+            torch.Tensor,  # block_table
+            torch.Tensor,  # seq_lens
+            torch.Tensor,  # out
+            torch.Tensor | None,  # lse
+            float,  # softmax_scale
+            torch.Tensor | None,  # k_scale
+            torch.Tensor | None,  # v_scale
+            torch.Tensor,  # workspace
+            int,  # max_seq_len
+            int,  # variant
+        ],
+        None,
+    ]
+
 # Error kinds that launchers raise (templates/launcher), as the exceptions they stand for.
 for _error in (errors.ArgumentError, errors.LaunchError, errors.DeviceMissing, errors.PackForeign):
     tvm_ffi.register_error(f"pagedgen.{_error.__name__}", _error)
-
-Decode = Callable[
-    [
-        torch.Tensor,  # q
-        torch.Tensor,  # k
-        torch.Tensor,  # v
-        torch.Tensor,  # block_table
-        torch.Tensor,  # seq_lens
-        torch.Tensor,  # out
-        torch.Tensor | None,  # lse
-        float,  # softmax_scale
-        torch.Tensor | None,  # k_scale
-        torch.Tensor | None,  # v_scale
-        torch.Tensor,  # workspace
-        int,  # max_seq_len
-        int,  # variant
-    ],
-    None,
-]
 
 
 def _optional(module: Any, name: str) -> Any:

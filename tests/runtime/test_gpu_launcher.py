@@ -1,0 +1,380 @@
+"""The GPU launcher under a made-up driver: what it loads, launches and passes, with no GPU.
+
+The driver (fake_cuda/driver.c) stands in for libcuda.so.1 in a process of its own and writes down every call.
+That the kernels then compute attention is shown on real GPUs (tests/gpu).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pagedgen.compiler.link import host_compiler, link
+from pagedgen.compiler.triton import signature_of
+from pagedgen.errors import HostCompilerMissing
+from pagedgen.values.manifest import Rule
+
+HERE = Path(__file__).parent / "fake_cuda"
+H100, A100, RTX4090, B200 = "90:132:232448", "80:108:166912", "89:128:101376", "100:148:232448"
+RULES = (Rule(4, 2**31 - 1, 0), Rule(2**31 - 1, 2**31 - 1, 1))
+NAMES = tuple(
+    """
+    q k v block_table seq_lens out lse k_scale v_scale partial partial_lse counter
+    qk_scale num_seqs partitions q_stride_seq q_stride_head out_stride_seq out_stride_head
+    k_stride_block k_stride_token k_stride_head v_stride_block v_stride_token v_stride_head block_table_stride global_scratch profile_scratch
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of the steps, and the driver's notes."""
+
+    results: list[dict[str, object]]
+    notes: list[str]
+
+    @property
+    def launches(self) -> list[dict[str, object]]:
+        """Each launch: symbol, grid, block, smem, stream, context and the arguments by name."""
+        found = []
+        for note in (n for n in self.notes if n.startswith("launch ")):
+            head, _, arguments = note.partition(" args ")
+            words = head.split()
+            found.append(
+                {
+                    "symbol": words[1],
+                    "grid": tuple(map(int, words[3:6])),
+                    "block": tuple(map(int, words[7:10])),
+                    "smem": int(words[11]),
+                    "context": words[15],
+                    "arguments": [float(a) for a in arguments.split()],
+                }
+            )
+        return found
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Path:
+    """A folder with the made-up libcuda.so.1."""
+    folder = tmp_path_factory.mktemp("driver")
+    try:
+        command = host_compiler()
+    except HostCompilerMissing:
+        pytest.skip("no compiler")
+    line = [*command, "-x", "c", "-shared", "-fPIC", "-w", str(HERE / "driver.c"), "-o", "libcuda.so.1"]
+    subprocess.run(line, cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def serve(driver, tmp_path):
+    """Run steps on a library under the made-up driver."""
+
+    def run(library: Path, steps, *, devices: str = H100, fail: str = "", types: str = "") -> Run:
+        log = tmp_path / "log"
+        log.write_text("")
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": f"{driver}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+            "FAKE_CUDA_LOG": str(log),
+            "FAKE_CUDA_DEVICES": devices,
+            "FAKE_CUDA_FAIL": fail,
+            "FAKE_CUDA_TYPES": types,
+        }
+        done = subprocess.run(
+            [sys.executable, str(HERE / "serve.py"), str(library)],
+            input=json.dumps(steps),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return Run(json.loads(done.stdout), log.read_text().splitlines())
+
+    return run
+
+
+def made(address, kind, bits, shape, strides=None, device=0):
+    """A made-up tensor, contiguous unless strides are given."""
+    if strides is None:
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step *= size
+    return {
+        "address": address,
+        "kind": kind,
+        "bits": bits,
+        "shape": list(shape),
+        "strides": list(strides),
+        "device": device,
+    }
+
+
+def arguments_for(spec, num_seqs=3, *, variant=-1, device=0, workspace=1 << 26):
+    """Arguments of decode: distinct addresses and strides, the K and V of a packed head-major pool."""
+    heads, dim, block = spec.num_kv_heads, spec.head_dim, spec.block_size
+    pool = (50, block, heads, dim)
+    strides = (heads * block * 2 * dim, 2 * dim, block * 2 * dim, 1)
+    kv = ("e4m3", 8) if spec.kv_dtype.is_fp8 else ("float", 16)
+    row = (num_seqs, spec.num_q_heads, dim)
+    scale = made(0x8000, "float", 32, (1,), device=device) if spec.kv_dtype.is_fp8 else None
+    other = made(0x9000, "float", 32, (1,), device=device) if spec.kv_dtype.is_fp8 else None
+    return [
+        made(0x1000, "float", 16, row, (spec.num_q_heads * dim + 64, dim, 1), device),
+        made(0x2000, *kv, pool, strides, device),
+        made(0x3000, *kv, pool, strides, device),
+        made(0x4000, "int", 32, (num_seqs, 10), (16, 1), device),
+        made(0x5000, "int", 32, (num_seqs,), device=device),
+        made(0x6000, "float", 16, row, (dim, num_seqs * dim, 1), device),
+        made(0x7000, "float", 32, row[:2], device=device) if spec.return_lse else None,
+        0.5,
+        scale,
+        other,
+        made(0x100000, "uint", 8, (workspace,), device=device),
+        100,
+        variant,
+    ]
+
+
+def names_of(spec) -> list[str]:
+    skip = set() if spec.return_lse else {"lse"}
+    skip |= set() if spec.kv_dtype.is_fp8 else {"k_scale", "v_scale"}
+    return [name for name in NAMES if name not in skip]
+
+
+def types_of(spec) -> str:
+    """How the driver reads each argument: as the kernel's signature says."""
+    names = names_of(spec)
+    as_kernel = {
+        n: n if "stride" in n or n in ("qk_scale", "num_seqs", "partitions") else f"{n}_ptr" for n in names
+    }
+    types = signature_of(spec, list(as_kernel.values()))
+    letters = {"i32": "i", "i64": "l", "fp32": "f"}
+    return "".join(letters.get(types[as_kernel[name]], "p") for name in names)
+
+
+@pytest.fixture
+def library(tmp_path, make_spec, gpu_binary):
+    """A library of two variants: 4 waves for up to 4 sequences, 2 waves for more."""
+
+    def make(spec=None, target=None, **options):
+        spec = spec or make_spec(128, (32, 8), 16, "f16")
+        more = (target,) if target else ()
+        binaries = [gpu_binary(spec, *more, waves=waves) for waves in (4, 2)]
+        return link(binaries, RULES, tmp_path / "x.so", **options)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kv", "lse"), [("f16", False), ("f16", True), ("fp8_e4m3", False), ("fp8_e4m3", True)]
+)
+def test_a_launch(serve, library, make_spec, kv, lse):
+    spec = make_spec(128, (32, 8), 16, "f16", kv, lse=lse)
+    workspace = 5_000_123
+    steps = [["decode", arguments_for(spec, workspace=workspace)]]
+    run = serve(library(spec), steps, types=types_of(spec))
+    assert run.results == [{"result": None}]
+    (launch,) = run.launches
+    partitions = 132 * 4 // 8
+    assert (launch["symbol"], launch["grid"]) == ("paged_decode", (partitions + 3, 8, 1))
+    assert (launch["block"], launch["smem"]) == ((128, 1, 1), 50_000)
+    got = dict(zip(names_of(spec), launch["arguments"], strict=True))
+    slots = 8 * (partitions + 3) * 4
+    expected = {
+        "q": 0x1000, "k": 0x2000, "v": 0x3000, "block_table": 0x4000, "seq_lens": 0x5000, "out": 0x6000,
+        "partial_lse": 0x100000,
+        "partial": 0x100000 + -(-slots * 4 // 256) * 256,
+        "counter": 0x100000 + workspace // 256 * 256 - 256,
+        "num_seqs": 3, "partitions": partitions,
+        "q_stride_seq": 4160, "q_stride_head": 128, "out_stride_seq": 128, "out_stride_head": 384,
+        "k_stride_block": 32768, "k_stride_token": 256, "k_stride_head": 4096,
+        "v_stride_block": 32768, "v_stride_token": 256, "v_stride_head": 4096,
+        "block_table_stride": 16, "global_scratch": 0, "profile_scratch": 0,
+    }  # fmt: skip
+    expected |= {"lse": 0x7000} if lse else {}
+    expected |= {"k_scale": 0x8000, "v_scale": 0x9000} if kv != "f16" else {}
+    assert got.pop("qk_scale") == pytest.approx(0.5 * 1.4426950408889634, rel=1e-6)
+    assert got == expected
+    # machine code for this architecture; shared memory above 48 KB is asked for
+    assert [n for n in run.notes if n.startswith("load")] == ["load ELF made up  context c0"] * 2
+    assert run.notes.count("attribute 8 = 50000") == 2
+
+
+def test_the_table_picks_and_the_grid_follows(serve, library, make_spec):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    steps = [["decode", arguments_for(spec, n, variant=v)] for n, v in [(4, -1), (5, -1), (4, 1), (1, 0)]]
+    grids = [launch["grid"][0] for launch in serve(library(spec), steps, types=types_of(spec)).launches]
+    assert grids == [66 + 4, 33 + 5, 33 + 4, 66 + 1]
+
+
+def test_a_named_variant_loads_itself_alone(serve, library, make_spec):
+    """A library of a tuner's fifty candidates must not load fifty to time one."""
+    spec = make_spec(128, (32, 8), 16, "f16")
+    steps = [["decode", arguments_for(spec, variant=1)]] * 3
+    run = serve(library(spec), steps, types=types_of(spec))
+    assert len(run.launches) == 3
+    assert len([n for n in run.notes if n.startswith("load")]) == 1
+
+
+def test_no_sequences_no_launch(serve, library, make_spec):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    run = serve(library(spec), [["decode", arguments_for(spec, 0)]], types=types_of(spec))
+    assert run.results == [{"result": None}] and run.launches == []
+
+
+def test_prepare_before_anything(serve, library, make_spec):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    steps = [["prepare", [0, -1]], ["decode", arguments_for(spec)], ["prepare", [0, 1]]]
+    run = serve(library(spec), steps, types=types_of(spec))
+    assert [note.split()[0] for note in run.notes] == ["load", "attribute", "load", "attribute", "launch"]
+
+
+def test_another_device_than_the_current_one(serve, library, make_spec):
+    """Its context is current for the launch alone, and its own number of SMs sets the grid."""
+    spec = make_spec(128, (32, 8), 16, "f16")
+    steps = [["decode", arguments_for(spec, device=1, variant=0)]] * 2
+    run = serve(library(spec), steps, devices=f"{H100},90:114:232448", types=types_of(spec))
+    assert [launch["context"] for launch in run.launches] == ["c1", "c1"]
+    assert run.launches[0]["grid"][0] == 114 * 4 // 8 + 3
+    kinds = [note.split()[0] for note in run.notes]
+    assert kinds == ["push", "load", "attribute", "pop", "push", "launch", "pop", "push", "launch", "pop"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "embed", "loaded"),
+    [
+        (H100, "both", "ELF"),
+        (H100, "ptx", ".version"),
+        (B200, "both", ".version"),  # newer: the driver compiles the PTX
+        (B200, "ptx", ".version"),
+    ],
+)
+def test_what_is_loaded_where(serve, library, make_spec, devices, embed, loaded):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    run = serve(
+        library(spec, embed=embed), [["decode", arguments_for(spec)]], devices=devices, types=types_of(spec)
+    )
+    assert run.results == [{"result": None}]
+    assert run.notes[0].startswith(f"load {loaded}")
+
+
+@pytest.mark.parametrize(
+    ("devices", "embed", "text"),
+    [
+        (A100, "both", "compute capability 8.0: this library holds machine code and PTX for sm_90"),
+        (RTX4090, "ptx", "compute capability 8.9: this library holds PTX for sm_90"),
+        (B200, "cubin", "compute capability 10.0: this library holds machine code for sm_90"),
+        (
+            "90:132:40000",
+            "both",
+            "variant 0 needs 50000 bytes of shared memory a block; this device has 40000",
+        ),
+    ],
+)
+def test_what_runs_nowhere_here(serve, library, make_spec, devices, embed, text):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    steps = [["decode", arguments_for(spec)], ["prepare", [0, -1]]]
+    run = serve(library(spec, embed=embed), steps, devices=devices, types=types_of(spec))
+    for result in run.results:
+        assert result["error"] == "PackForeign" and text in result["text"]
+    assert run.launches == []
+
+
+def test_sm_80_kernels_on_an_rtx_4090_are_machine_code(serve, library, make_spec, a100):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    run = serve(library(spec, a100), [["decode", arguments_for(spec)]], devices=RTX4090, types=types_of(spec))
+    assert run.notes[0].startswith("load ELF")
+    assert run.launches[0]["grid"][0] == 128 * 4 // 8 + 3
+
+
+@pytest.mark.parametrize(
+    ("fail", "error", "text"),
+    [
+        ("cuInit:100", "DeviceMissing", "the CUDA driver does not start: made up"),
+        ("cuDevicePrimaryCtxRetain:2", "LaunchError", "cuDevicePrimaryCtxRetain: CUDA_ERROR_OTHER (made up)"),
+        (
+            "cuModuleLoadDataEx:218",
+            "LaunchError",
+            "loading a kernel, variant 0: ptxas says no: CUDA_ERROR_OTHER",
+        ),
+        ("cuModuleGetFunction:500", "LaunchError", "looking up paged_decode, variant 0: CUDA_ERROR_OTHER"),
+        ("cuFuncSetAttribute:1", "LaunchError", "reserving shared memory, variant 0: CUDA_ERROR_OTHER"),
+        ("cuLaunchKernel:719", "LaunchError", "cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED (made up)"),
+        ("cuCtxGetCurrent:201", "LaunchError", "cuCtxPushCurrent: CUDA_ERROR_OTHER"),
+    ],
+)
+def test_a_driver_that_refuses(serve, library, make_spec, fail, error, text):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    steps = [["decode", arguments_for(spec)]] * 2
+    run = serve(library(spec), steps, fail=fail, types=types_of(spec))
+    for result in run.results:
+        assert result["error"] == error and text in result["text"]
+
+
+def test_devices_that_are_not_there(serve, library, make_spec):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    run = serve(library(spec), [["decode", arguments_for(spec, device=1)], ["prepare", [-1, 0]]])
+    assert [r["error"] for r in run.results] == ["DeviceMissing"] * 2
+    assert run.results[0]["text"] == "device = cuda:1: 0 to 0 is allowed"
+
+
+def test_tensors_of_two_devices(serve, library, make_spec):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    arguments, steps = arguments_for(spec), []
+    for i, value in enumerate(arguments):
+        if i and isinstance(value, dict):
+            steps.append(["decode", [*arguments[:i], {**value, "device": 1}, *arguments[i + 1 :]]])
+    run = serve(library(spec), steps, devices=f"{H100},{H100}", types=types_of(spec))
+    names = ["k", "v", "block_table", "seq_lens", "out", "workspace"]
+    assert [r["text"] for r in run.results] == [
+        f"{name}.device = cuda:1: cuda:0 is expected, where q is" for name in names
+    ]
+    assert run.launches == []
+
+
+def test_workspace_of_the_largest_device(serve, library, make_spec):
+    """Whatever device a call is on, the workspace is enough; and one byte less than it needs is refused."""
+    spec = make_spec(128, (32, 8), 16, "f16")
+    path = library(spec)
+    steps = [["workspace_bytes", [3]], ["workspace_bytes", [0]]]
+    one = serve(path, steps, devices=H100).results
+    two = serve(path, steps, devices=f"{H100},90:200:232448").results
+    none = serve(path, steps, fail="cuInit:100").results
+    assert none == one and two[0]["result"] > one[0]["result"] > one[1]["result"] > 0
+    needed = one[0]["result"]
+    calls = [["decode", arguments_for(spec, variant=0, workspace=size)] for size in (needed, needed - 1)]
+    results = serve(path, calls, types=types_of(spec)).results
+    assert results[0] == {"result": None}
+    assert f"at least {needed} bytes are expected for 3 sequences" in results[1]["text"]
+
+
+def test_counters_stay_clear_of_the_partials_of_other_calls(serve, library, make_spec):
+    """For any two batch sizes on one workspace: partials of one end before the counters of the other."""
+    spec = make_spec(128, (32, 8), 16, "f16")
+    path = library(spec)
+    size = serve(path, [["workspace_bytes", [100]]]).results[0]["result"]
+    batches = (1, 2, 31, 64, 65, 99, 100)
+    steps = [["decode", arguments_for(spec, n, variant=v, workspace=size)] for n in batches for v in (0, 1)]
+    run = serve(path, steps, types=types_of(spec))
+    spans = []
+    for launch in run.launches:
+        got = dict(zip(names_of(spec), launch["arguments"], strict=True))
+        slots = 8 * (got["partitions"] + got["num_seqs"]) * 4
+        spans.append(
+            (got["partial"] + slots * 128 * 4, got["counter"], got["counter"] + 8 * got["num_seqs"] * 4)
+        )
+        assert got["partial_lse"] + slots * 4 <= got["partial"]
+        assert got["partial"] % 256 == got["counter"] % 256 == 0
+    assert len(spans) == len(steps)
+    assert max(end for end, _, _ in spans) <= min(begin for _, begin, _ in spans)
+    assert max(end for _, _, end in spans) <= 0x100000 + size
