@@ -257,9 +257,9 @@ class TritonDecode(Family):
     ) -> Mapping[str, float]:
         """Numbers behind the symbols.
 
-        Instruction slots of a 64-token tile were counted in compiled loops; rates, latency and fixed costs were
-        fitted to 3,700 timings on an H100 (3 specs x 5 workloads, 2026-11-24): over them the predicted best is
-        a median 2.7% slower than the measured best, at worst 16%.
+        Instruction slots of a 64-token tile were counted in compiled loops; rates, latency and fixed costs
+        were fitted to 3,700 timings on an H100 (3 specs x 5 workloads, 2026-11-24): over them the predicted
+        best is a median 2.7% slower than the measured best, at worst 16%.
         """
         tile, warps, stages = schedule.int("tile"), schedule.int("num_warps"), schedule.int("num_stages")
         prefetch, ids, lanes = schedule.int("prefetch_ids"), str(schedule["ids"]), schedule.int("seq_lanes")
