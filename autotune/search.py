@@ -222,7 +222,7 @@ def search(
         start: evaluated first (defaults, the model's favourites, winners elsewhere).
         known: outcomes of earlier runs: they teach the sampler and are never evaluated again.
         enough_us: stop at this time (97% of the roofline, say).
-        deadline: ``clock()`` at which no further batch is started.
+        deadline: ``clock()`` at which no further batch is started; the first one always is.
 
     Raises:
         InvalidValue: an empty space, a schedule outside it, fewer than one trial, a missing outcome.
@@ -269,7 +269,7 @@ def search(
             return Found(tuple(outcomes), Stop.EXHAUSTED)
         if done >= trials:
             return Found(tuple(outcomes), Stop.TRIALS)
-        if clock() >= deadline:
+        if outcomes and clock() >= deadline:
             return Found(tuple(outcomes), Stop.BUDGET)
         asked: dict[Schedule, optuna.Trial | None] = {}
         while len(asked) < min(batch, trials - done) and (waiting or sampler.untried):

@@ -131,7 +131,7 @@ class Workshop:
 
     def __init__(self, target: Target) -> None:
         threads = {"PAGEDGEN_NUM_THREADS": str(target.num_sms)} if target.kind == "cpu" else {}
-        self.worker = Worker(threads)
+        self.worker = Worker(threads, preload="pagedgen.autotune.measure")
         self.pool = Pool(min(16, os.cpu_count() or 1), {"OMP_NUM_THREADS": "1"})
         self.cache = BinaryCache()
         self._folder = tempfile.TemporaryDirectory(prefix="pagedgen-tune-")

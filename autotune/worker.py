@@ -9,6 +9,7 @@ where it is through :func:`say`; the last word of a lost worker tells who was ru
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import queue
@@ -70,14 +71,15 @@ class Worker:
     """A process that outlives good calls and is replaced after a bad one. One caller at a time.
 
     ``environment`` is laid over this process's: thread counts have to be set before a library loads.
+    ``preload`` is imported before the first call, whose time limit it does not count against.
 
     >>> with Worker() as worker:
     ...     worker.call(len, "abc", timeout_s=60)
     3
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        self._environment = dict(environment or {})
+    def __init__(self, environment: Mapping[str, str] | None = None, preload: str = "") -> None:
+        self._environment, self._preload = dict(environment or {}), preload
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
@@ -151,7 +153,7 @@ class Worker:
         with theirs:
             path = os.pathsep.join(p for p in sys.path if p)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pagedgen.autotune.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "pagedgen.autotune.worker", str(theirs.fileno()), self._preload],
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": path, **self._environment},
                 stdin=subprocess.DEVNULL,
@@ -290,5 +292,8 @@ if __name__ == "__main__":
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     # This module is __main__ here, another one than functions import: serve from the one they see.
     from pagedgen.autotune import worker as _imported
+
+    if sys.argv[2]:
+        importlib.import_module(sys.argv[2])
 
     _imported.serve(Connection(int(sys.argv[1])))

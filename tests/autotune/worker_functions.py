@@ -1,15 +1,24 @@
-"""What test_worker.py has workers do: good work, and every way of going wrong."""
+"""What tests have workers do: good work, and every way of going wrong."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
+from pagedgen.autotune.measure import Samples, Verified
+from pagedgen.autotune.roofline import Bandwidth
 from pagedgen.autotune.worker import say
 from pagedgen.errors import CompileError, InvalidValue
+from pagedgen.values.record import Verdict
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.workload import Workload
 
 
 def double(value: int) -> int:
@@ -67,3 +76,61 @@ def crash_on_three(value: int) -> int:
 
 def unpicklable() -> object:
     return lambda: None
+
+
+# ---- what test_tune.py puts in place of compiler and device ----
+
+
+def fake_time(schedule: Schedule, workload: Workload) -> float:
+    """Best at tile 64 and 4 warps for long sequences, at tile 16 for short ones."""
+    best = 6 if workload.max_seq_len > 1024 else 4
+    tile, warps = schedule.int("tile").bit_length() - 1, schedule.int("warps").bit_length() - 1
+    return workload.num_tokens * (1 + 0.1 * abs(tile - best) + 0.05 * abs(warps - 2))
+
+
+def fake_gate(library: Path, spec: KernelSpec, variant: int, device: str, seed: int) -> Verdict:
+    """A schedule's ``mood`` says what becomes of it; fakes write the schedules into the library's place."""
+    mood = _schedules(library)[variant]["mood"]
+    if mood == "crash":
+        ctypes.string_at(0)
+    if mood == "hang":
+        time.sleep(3600)
+    if mood == "wrong":
+        return Verdict(False, 1, 1.0, 1e-3, seed, "error 1 where 0.001 is allowed")
+    return Verdict(True, 4, 1e-4, 1e-3, seed)
+
+
+def fake_measure(
+    library: Path,
+    spec: KernelSpec,
+    workload: Workload,
+    variants: Sequence[Verified],
+    rounds: int,
+    device: str,
+    seed: int = 0,
+) -> Samples:
+    """Times without noise; some schedules pass the gate and die here."""
+    times: dict[int, tuple[float, ...]] = {}
+    failed: dict[int, str] = {}
+    for verified in variants:
+        say(verified.variant)
+        mood = verified.schedule["mood"]
+        if mood == "late crash":
+            ctypes.string_at(0)
+        if mood == "late refusal":
+            failed[verified.variant] = "call failed: too many resources"
+            continue
+        times[verified.variant] = (fake_time(verified.schedule, workload),) * rounds
+    return Samples(times, failed)
+
+
+def fake_bandwidth(spec: KernelSpec, device: str) -> Bandwidth:
+    return Bandwidth(20.0, 40.0)
+
+
+def no_pin() -> None:
+    pass
+
+
+def _schedules(library: Path) -> list[Schedule]:
+    return list(pickle.loads(library.read_bytes()))
