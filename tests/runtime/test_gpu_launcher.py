@@ -27,7 +27,8 @@ NAMES = tuple(
     """
     q k v block_table seq_lens out lse k_scale v_scale partial partial_lse counter
     qk_scale num_seqs partitions q_stride_seq q_stride_head out_stride_seq out_stride_head
-    k_stride_block k_stride_token k_stride_head v_stride_block v_stride_token v_stride_head block_table_stride global_scratch profile_scratch
+    k_stride_block k_stride_token k_stride_head v_stride_block v_stride_token v_stride_head
+    block_table_stride global_scratch profile_scratch
     """.split()  # noqa: SIM905
 )
 
@@ -162,15 +163,17 @@ def types_of(spec) -> str:
     return "".join(letters.get(types[as_kernel[name]], "p") for name in names)
 
 
-@pytest.fixture
-def library(tmp_path, make_spec, gpu_binary):
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, gpu_binary):
     """A library of two variants: 4 waves for up to 4 sequences, 2 waves for more."""
+    folder = tmp_path_factory.mktemp("libraries")
 
-    def make(spec=None, target=None, **options):
-        spec = spec or make_spec(128, (32, 8), 16, "f16")
+    def make(spec, target=None, **options):
         more = (target,) if target else ()
-        binaries = [gpu_binary(spec, *more, waves=waves) for waves in (4, 2)]
-        return link(binaries, RULES, tmp_path / "x.so", **options)
+        path = folder / f"{spec.name}-{'-'.join([t.name for t in more] + list(options.values()))}.so"
+        if not path.exists():
+            link([gpu_binary(spec, *more, waves=waves) for waves in (4, 2)], RULES, path, **options)
+        return path
 
     return make
 
