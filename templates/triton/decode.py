@@ -132,7 +132,7 @@ class TritonDecode(Family):
         return (
             Field("tile", (16, 32, 64, 128, 256), 64, "tokens worked on at a time"),
             Field("num_warps", (1, 2, 4, 8), 4, "warps of a program"),
-            Field("num_stages", (1, 2, 3, 4, 5), 3, "depth of the load pipeline"),
+            Field("num_stages", (2, 3, 4, 5), 3, "depth of the load pipeline"),
             Field("waves", (1, 2, 3, 4, 6, 8), 4, "pieces aimed at for each SM"),
             Field("ids", ("gather", "page", "scalar"), self._ids(spec, 64), "how block ids are loaded"),
             Field("prefetch_ids", (0, 1), 1, "load block ids one tile ahead of K and V"),
