@@ -29,7 +29,7 @@ sys.exit(f"help imported {{heavy}}" if heavy else 0)
 
 
 def test_help_is_fast():
-    """Under 300 ms beyond a bare interpreter is the goal; the best of five keeps a busy machine out of it."""
+    """The goal is 300 ms. A bare interpreter takes 20 ms on an idle machine, and a busy one slows both alike."""
 
     def best(*arguments: str) -> float:
         times = []
@@ -39,7 +39,7 @@ def test_help_is_fast():
             times.append(time.perf_counter() - start)
         return min(times)
 
-    assert best("-c", MAIN, "--help") < 0.3 + best("-c", "pass")
+    assert best("-c", MAIN, "--help") < 15 * best("-c", "pass")
 
 
 def test_the_installed_script_answers():
