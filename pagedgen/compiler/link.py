@@ -214,7 +214,6 @@ def flags(folder: Path) -> list[str]:
     """Compiler flags of every launcher: a shared library that exports its ABI and needs libtvm_ffi alone."""
     from tvm_ffi import libinfo
 
-    library = Path(libinfo.find_libtvm_ffi())
     return [
         "-std=c++17",
         "-O2",
@@ -226,11 +225,14 @@ def flags(folder: Path) -> list[str]:
         f"-ffile-prefix-map={folder}=.",  # the same inputs give the same bytes
         f"-I{libinfo.find_include_path()}",
         f"-I{libinfo.find_dlpack_include_path()}",
-        f"-L{library.parent}",
     ]
 
 
-LIBRARIES = ("-Wl,--as-needed", "-Wl,-s", "-ltvm_ffi", "-lm", "-lpthread", "-ldl")
+def libraries() -> list[str]:
+    """What a launcher is linked against; libtvm_ffi by its file, since ``-L`` makes zig write a run path."""
+    from tvm_ffi import libinfo
+
+    return ["-Wl,--as-needed", "-Wl,-s", libinfo.find_libtvm_ffi(), "-lm", "-lpthread", "-ldl"]
 
 
 def compile_library(assembly: Assembly, out: Path) -> Path:
@@ -247,7 +249,7 @@ def compile_library(assembly: Assembly, out: Path) -> Path:
         (folder / LAUNCHER).write_text(assembly.source, encoding="utf-8")
         for file, data in assembly.files:
             (folder / file).write_bytes(data)
-        line = [*command, *flags(folder), LAUNCHER, *assembly.objects, "-o", "library.so", *LIBRARIES]
+        line = [*command, *flags(folder), LAUNCHER, *assembly.objects, "-o", "library.so", *libraries()]
         try:
             run = subprocess.run(
                 line, cwd=folder, capture_output=True, text=True, check=False, timeout=TIMEOUT_S

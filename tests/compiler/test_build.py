@@ -19,7 +19,7 @@ import pytest
 import pagedgen
 from pagedgen.compiler import build as build_module
 from pagedgen.compiler.build import Choice, build
-from pagedgen.compiler.link import LAUNCHER, LIBRARIES, flags, host_compiler
+from pagedgen.compiler.link import LAUNCHER, flags, host_compiler, libraries
 from pagedgen.errors import CompileError, InvalidValue, PackExists
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.machine import host
@@ -68,7 +68,7 @@ def test_a_library_can_be_linked_again_from_the_pack(tmp_path, choice):
     pack = build([choice], tmp_path / "x.pack")
     folder = tmp_path / "again"
     shutil.copytree(pack / "kernels" / choice.spec.name, folder)
-    line = [*host_compiler(), *flags(folder), LAUNCHER, "-o", "library.so", *LIBRARIES]
+    line = [*host_compiler(), *flags(folder), LAUNCHER, "-o", "library.so", *libraries()]
     subprocess.run(line, cwd=folder, check=True)
     assert (folder / "library.so").read_bytes() == (pack / "lib" / f"{choice.spec.name}.so").read_bytes()
 
