@@ -29,7 +29,7 @@ sys.exit(f"help imported {{heavy}}" if heavy else 0)
 
 
 def test_help_is_fast():
-    """The goal is 300 ms. A bare interpreter takes 20 ms on an idle machine, and a busy one slows both alike."""
+    """The goal is 300 ms; a bare interpreter takes 20 ms, and a busy machine slows both alike."""
 
     def best(*arguments: str) -> float:
         times = []
