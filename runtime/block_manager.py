@@ -359,52 +359,60 @@ class BlockManager:
         columns = positions // size
         offsets = positions - columns * size
         # Everything that takes blocks is counted before anything is changed.
-        capacity = self._capacity.take(rows)
-        short = (capacity <= positions + self.lookahead).nonzero()[0]
-        grow = np.zeros(0, np.int64)
-        needed = 0
-        if short.size:
-            grow = (positions.take(short) + self.lookahead - capacity.take(short)) // size + 1
-            needed = int(grow.sum()) * len(self.groups)
-        writes = self._plan_tails(rows, offsets != 0) if self._num_check_tail else []
-        needed += sum(w.needed for w in writes)
+        short, grow = self._plan_growth(rows, positions)
+        needed = (short.size if grow is None else int(grow.sum())) * len(self.groups)
+        writes: list[TailPlan] = []
+        if self._num_check_tail:
+            writes = self._plan_tails(rows, offsets != 0)
+            needed += sum(w.needed for w in writes)
         if needed > self.pool.num_free:
             self.counters.refused += 1
             raise OutOfBlocks(needed, self.pool.num_free)
-        self._own_tails(writes)
+        if writes:
+            self._own_tails(writes)
         if short.size:
-            self._grow_rows(rows.take(short), capacity.take(short) // size, grow)
-        opened = (offsets == 0).nonzero()[0]
+            self._grow_rows(rows.take(short), grow)
+        opened = (offsets == 0).nonzero()[0] if self.lookahead else short
         if opened.size:
             at, column = rows.take(opened), columns.take(opened)
             for group in self.groups:
                 group.tails[at] = group.get(at, column)
-            self._recent_from[at] = np.maximum(self._recent_from.take(at), (column - 1) * size)
         slots = np.empty((len(self.groups), rows.size), np.int64)
         for group, out in zip(self.groups, slots, strict=True):
             np.multiply(group.tails.take(rows), size, out=out, dtype=np.int64)
             out += offsets
-        halves = rows * 2 + (columns & 1)
-        self._recent_flat[halves * size + offsets] = new
         if self.cache is not None:
-            x = new.astype(np.uint64)
-            x += np.uint64(1)
+            self._recent_flat[rows * (2 * size) + positions % (2 * size)] = new
+            x = np.add(new, 1, dtype=np.uint64, casting="unsafe")  # ids are never negative
             keys = self.cache.fingerprinter.keys
-            a = self._sum_a.take(rows) + x * keys[0].take(positions)
-            b = self._sum_b.take(rows) + x * keys[1].take(positions)
+            a = keys[0].take(positions)
+            a *= x
+            a += self._sum_a.take(rows)
+            b = keys[1].take(positions)
+            b *= x
+            b += self._sum_b.take(rows)
             if self._extra_ahead:
                 self._add_extra(rows, positions, a, b)
             self._sum_a[rows] = a
             self._sum_b[rows] = b
             full = (offsets == size - 1).nonzero()[0]
             if full.size:
-                self._enter_full(rows.take(full), a.take(full), b.take(full), halves.take(full))
-        self.seq_lens[rows] = positions + np.int32(1)
+                self._enter_full(rows.take(full), a.take(full), b.take(full), columns.take(full))
+        self.seq_lens[rows] = positions + 1
         if self._windowed:
             self._release_windows(rows, positions)
         self._step_of[rows] = self._step
         self.counters.appended_tokens += rows.size
         return Step(rows, positions, slots)
+
+    def _plan_growth(self, rows: I64, positions: I32) -> tuple[I64, I32 | None]:
+        """Which of ``rows`` need blocks for one more token, and how many (None: one each)."""
+        capacity = self._capacity.take(rows)
+        if not self.lookahead:  # a row's blocks always hold its tokens: it is short when they are full
+            return (capacity == positions).nonzero()[0], None
+        reach = positions + self.lookahead
+        short = (capacity <= reach).nonzero()[0]
+        return short, (reach.take(short) - capacity.take(short)) // self.block_size + 1
 
     def blocks_needed(self, seqs: Sequence[int] | I64) -> int:
         """Free blocks that :meth:`append_step` of these sequences would need now.
@@ -413,11 +421,11 @@ class BlockManager:
             See :meth:`SequenceTable.rows`.
         """
         rows = self.seqs.rows(seqs)
-        positions, capacity = self.seq_lens.take(rows), self._capacity.take(rows)
-        short = capacity <= positions + self.lookahead
-        grow = (positions[short] + self.lookahead - capacity[short]) // self.block_size + 1
+        positions = self.seq_lens.take(rows)
+        short, grow = self._plan_growth(rows, positions)
         writes = self._plan_tails(rows, positions % self.block_size != 0)
-        return int(grow.sum()) * len(self.groups) + sum(w.needed for w in writes)
+        growth = short.size if grow is None else int(grow.sum())
+        return growth * len(self.groups) + sum(w.needed for w in writes)
 
     # The end of a sequence, and copies of it
 
@@ -682,12 +690,13 @@ class BlockManager:
         for group in self.groups:
             logical += int((counts - group.starts.take(rows)).sum())
             empty += int((counts - tails - 1).sum()) * size  # slots for drafts
-            # A shared last block is as full as its longest owner has it.
-            blocks = group.get(rows, np.maximum(tails, 0))[lengths > 0]
-            fills = (lengths - tails * size)[lengths > 0]
-            order = np.lexsort((fills, blocks))
-            last = np.append(blocks[order][1:] != blocks[order][:-1], True) if blocks.size else order > 0
-            empty += int((size - fills[order][last]).sum())
+            # A shared last block is as full as its longest owner has it; for an owner that is not at its
+            # end there, it is full.
+            at = rows[lengths > 0]
+            last, where, owners = np.unique(group.tails.take(at), return_inverse=True, return_counts=True)
+            fills = np.zeros(last.size, np.int64)
+            np.maximum.at(fills, where, (lengths - tails * size)[lengths > 0])
+            empty += int((size - fills)[self.pool.refs.take(last) == owners].sum())
         used = self.pool.num_blocks - self.pool.num_free
         counters = replace(self.counters)
         for row, records in self.swap.records.items():
@@ -838,19 +847,22 @@ class BlockManager:
             group.set_row(row, have, blocks[i * n : (i + 1) * n])
         self._capacity[row] = (have + n) * self.block_size
 
-    def _grow_rows(self, rows: I64, have: I32, grow: I32 | I64) -> None:
-        """``grow`` more blocks for each of several rows that have ``have``."""
-        self._capacity[rows] = (have + grow) * self.block_size
-        if np.count_nonzero(grow != 1):
+    def _grow_rows(self, rows: I64, grow: I32 | None) -> None:
+        """``grow`` more blocks (None: one) for each of several rows."""
+        have = self._capacity.take(rows)
+        self._capacity[rows] = have + (self.block_size if grow is None else grow * self.block_size)
+        columns = have // self.block_size
+        if grow is not None:
             counts = grow.astype(np.int64)
             before = counts.cumsum() - counts
-            steps = np.arange(int(grow.sum())) - np.repeat(before, grow)
-            rows, have = np.repeat(rows, grow), np.repeat(have, grow) + steps.astype(np.int32)
+            steps = np.arange(int(counts.sum())) - np.repeat(before, counts)
+            rows = np.repeat(rows, counts)
+            columns = np.repeat(columns, counts) + steps.astype(np.int32)
         n = rows.size
         blocks = self._take(n * len(self.groups))
         for i, group in enumerate(self.groups):
             part = blocks[i * n : (i + 1) * n]
-            group.set(rows, have, part)
+            group.set(rows, columns, part)
             if self._any_priority:
                 self.pool.priority[part] = [self._requests[row].priority for row in rows.tolist()]
 
@@ -993,15 +1005,15 @@ class BlockManager:
             self._base_identity[row] = identities[-1]
         self._base_a[row], self._base_b[row] = a[-1], b[-1]
 
-    def _enter_full(self, rows: I64, a: U64, b: U64, halves: I64) -> None:
+    def _enter_full(self, rows: I64, a: U64, b: U64, columns: I32) -> None:
         """Register the last blocks of rows that one appended token has filled."""
         assert self.cache is not None
         if self._unhashed:
             keep = np.array([row not in self._unhashed for row in rows.tolist()], np.bool_)
-            rows, a, b, halves = rows[keep], a[keep], b[keep], halves[keep]
+            rows, a, b, columns = rows[keep], a[keep], b[keep], columns[keep]
             if not rows.size:
                 return
-        tokens = self._recent_blocks.take(halves, axis=0)
+        tokens = self._recent_blocks.take(rows * 2 + (columns & 1), axis=0)
         blocks = [group.tails.take(rows) for group in self.groups]
         parents = self._base_a.take(rows), self._base_b.take(rows)
         proof = self._proof(rows) if self.cache.exact is not None else None
@@ -1049,7 +1061,6 @@ class BlockManager:
             if begin >= 0:
                 part = buffer[begin : min(begin + size, end - buffer_start)]
                 self._recent[row, block & 1, : part.size] = part
-        self._recent_from[row] = max(int(self._recent_from[row]), (last - 1) * size)
 
     def _look_for_extra(self, row: int) -> None:
         if any(item.position >= self.seq_lens[row] for item in self._requests[row].extra):
@@ -1072,6 +1083,8 @@ class BlockManager:
         size = self.block_size
         request = self._requests[row]
         begin = length // size * size
+        # Since the last cut, positions only went up: what lies in front of the block before the last is gone.
+        self._recent_from[row] = max(int(self._recent_from[row]), ((now - 1) // size - 1) * size)
         if length == 0:
             self._sum_a[row], self._sum_b[row] = request.root
             self._unhashed.discard(row)

@@ -86,7 +86,7 @@ class PrefixCache:
         self.exact = ExactStore(num_blocks, block_size) if verify_tokens else None
         # The same tokens give different KV in different groups of layers: each group has its own offset.
         self._group_keys = [self.fingerprinter.digest(bytes([g]), b"group") for g in range(len(windows))]
-        rows = max(1, min(num_blocks, TAIL_TOKENS // block_size))
+        rows = max(1, min(4 * num_blocks, TAIL_TOKENS // block_size))
         self._tail_bits = max(1, rows.bit_length() - 1)
         self._tail_block: I32 = np.full(1 << self._tail_bits, -1, np.int32)
         self._tail_fill: I32 = np.zeros(1 << self._tail_bits, np.int32)

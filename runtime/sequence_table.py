@@ -38,6 +38,8 @@ class SequenceTable:
         self._given: I64 = np.zeros(1 << self._bits, np.int64)  # generations given out
         self._free = list(range(max_num_seqs))
         self._once: I64 = np.zeros(1 << self._bits, np.int64)
+        # The batch that was checked last; forgotten when a sequence ends or is swapped out.
+        self._last: tuple[I64, I64] = (np.empty(0, np.int64), np.empty(0, np.int64))
 
     @property
     def nbytes(self) -> int:
@@ -73,12 +75,14 @@ class SequenceTable:
 
     def remove(self, row: int) -> None:
         """The row is free again."""
+        self._last = (np.empty(0, np.int64), np.empty(0, np.int64))
         self._live[row] = self._ready[row] = -1
         heapq.heappush(self._free, row)
 
     def suspend(self, row: int) -> None:
         """Calls that need a resident sequence refuse this one until :meth:`resume`."""
         self._ready[row] = -1
+        self._last = (np.empty(0, np.int64), np.empty(0, np.int64))
 
     def resume(self, row: int) -> None:
         """Undo :meth:`suspend`."""
@@ -127,6 +131,9 @@ class SequenceTable:
         if handles.ndim != 1 or (handles.size and handles.dtype.kind not in "iu"):
             raise UnknownSequence(seqs, "is not a one-dimensional sequence of handles")
         handles = handles.astype(np.int64, copy=False)
+        last, rows = self._last  # the same batch as before, mostly: two comparisons instead of ten
+        if last.size == handles.size and not np.count_nonzero(last != handles):
+            return rows
         rows = handles & self._mask
         if np.count_nonzero(self._ready.take(rows) != handles):
             for seq in handles.tolist():
@@ -136,4 +143,6 @@ class SequenceTable:
         twice = self._once.take(rows) != order
         if np.count_nonzero(twice):
             raise SequenceTwice(int(handles[twice][0]), "is named twice in one call")
+        rows.flags.writeable = False  # it is handed out again
+        self._last = (handles.copy(), rows)
         return rows

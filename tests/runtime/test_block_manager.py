@@ -18,7 +18,7 @@ def tokens(n: int, seed: int = 0) -> np.ndarray:
 
 
 def manager(num_blocks: int = 64, **options: object) -> BlockManager:
-    defaults = {"max_num_seqs": 8, "max_seq_len": 512, "watermark": 0.0}
+    defaults = {"max_num_seqs": 8, "max_seq_len": 512, "watermark": 0.0, "secret": b"fixed"}
     return BlockManager(num_blocks, **{**defaults, **options})  # type: ignore[arg-type]
 
 
