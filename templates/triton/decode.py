@@ -26,8 +26,13 @@ def next_power_of_two(n: int) -> int:
 
 
 def block_h(spec: KernelSpec) -> int:
-    """Query-head rows of a tile: the group padded to the matrix instruction's 16 rows, at most 64."""
-    return min(64, max(16, next_power_of_two(spec.group_size)))
+    """Query-head rows of a tile: the group padded to the matrix instruction's 16 rows.
+
+    At most 128, and no more than leave rows x head_dim accumulators in the registers of 8 warps; a larger
+    group takes several programs, which read the same K and V.
+    """
+    most = min(128, 16384 // next_power_of_two(spec.head_dim))
+    return min(most, max(16, next_power_of_two(spec.group_size)))
 
 
 def head_blocks(spec: KernelSpec) -> int:
@@ -154,6 +159,7 @@ class TritonDecode(Family):
 
         tile, bs, warps = sympy.symbols("tile block_size num_warps", integer=True)
         is_scalar, is_page = sympy.symbols("is_scalar is_page", integer=True)
+        rows = sympy.Symbol("rows", integer=True)
         smem, smem_limit, acc_regs = sympy.symbols("smem_bytes smem_per_block acc_regs")
         return (
             Constraint(
@@ -174,8 +180,12 @@ class TritonDecode(Family):
                 "one id a token is never better where one id a tile is possible",
             ),
             Constraint("smem", smem <= smem_limit, "K and V tiles of all stages fit in shared memory"),
-            Constraint("registers", acc_regs <= 160, "accumulators and a decoded tile fit in registers"),
-            Constraint("warps", 16 * warps <= tile, "every warp has at least 16 tokens of a tile"),
+            Constraint("registers", acc_regs <= 128, "accumulators and a decoded tile fit in registers"),
+            Constraint(
+                "warps",
+                sympy.Or(rows >= 64, 16 * warps <= tile),
+                "warps share a tile's tokens, 16 each, unless the query heads are enough to share",
+            ),
         )
 
     def costs(self) -> tuple[Cost, ...]:
@@ -284,6 +294,7 @@ class TritonDecode(Family):
             "tile": tile,
             "block_size": spec.block_size,
             "num_warps": warps,
+            "rows": rows,
             "is_scalar": int(ids == "scalar"),
             "is_page": int(ids == "page"),
             "smem_bytes": tile_bytes * buffers + rows * tile * 2 + 2048,

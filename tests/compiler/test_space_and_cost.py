@@ -9,6 +9,7 @@ import pytest
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import family_for, template_hash
 from pagedgen.compiler.space import default_schedule, feasible
+from pagedgen.templates.triton.decode import block_h
 from pagedgen.values.workload import Workload
 
 SPECS = [
@@ -28,7 +29,7 @@ def test_every_feasible_schedule_addresses_its_blocks_legally(request, make_spec
     assert len(schedules) == len(set(schedules)) > 10
     for schedule in schedules:
         tile, ids = schedule.int("tile"), schedule["ids"]
-        assert 16 * schedule.int("num_warps") <= tile
+        assert block_h(spec) >= 64 or 16 * schedule.int("num_warps") <= tile
         if ids == "scalar":
             assert spec.block_size % tile == 0
         elif ids == "page":

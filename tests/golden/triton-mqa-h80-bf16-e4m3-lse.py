@@ -3,7 +3,7 @@
 schedule: fp8_decodebits-idspage-num_stages3-num_warps4-prefetch_ids0-seq_lanes128-tile64-waves4 (triton-decode, pagedgen 0.1.0)
 
 Decode: one query token a sequence against its paged keys and values. A program takes one piece (a run of tokens)
-of one sequence and the 64 query heads that share a KV head; pieces of a long sequence leave partial results, and the
+of one sequence and the 71 query heads that share a KV head; pieces of a long sequence leave partial results, and the
 program that finishes last merges them.
 
     q, out       [num_seqs, 71, 80] bf16
@@ -98,11 +98,10 @@ def paged_decode(
     begin = split * split_len
     end = tl.minimum(begin + split_len, seq_len)
 
-    kv_head = tl.program_id(1) // 2
-    group_row = tl.program_id(1) % 2 * 64  # my first row of the group
-    rows = tl.arange(0, 64)
-    row_ok = group_row + rows < 71
-    q_heads = kv_head * 71 + group_row + rows
+    kv_head = tl.program_id(1)
+    rows = tl.arange(0, 128)
+    row_ok = rows < 71
+    q_heads = kv_head * 71 + rows
     col0 = tl.arange(0, 32)
     col1 = 32 + tl.arange(0, 16)
     col1_ok = col1 < 40
@@ -113,20 +112,20 @@ def paged_decode(
 
     q_base = q_ptr + seq.to(tl.int64) * q_stride_seq + q_heads.to(tl.int64) * q_stride_head
     q_ptrs = q_base[:, None] + dim_0_even[None, :]
-    q_0_even = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [64, 32]
+    q_0_even = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [128, 32]
     q_ptrs = q_base[:, None] + dim_0_odd[None, :]
-    q_0_odd = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [64, 32]
+    q_0_odd = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [128, 32]
     q_ptrs = q_base[:, None] + dim_1_even[None, :]
-    q_1_even = tl.load(q_ptrs, mask=row_ok[:, None] & col1_ok[None, :], other=0.0)  # [64, 16]
+    q_1_even = tl.load(q_ptrs, mask=row_ok[:, None] & col1_ok[None, :], other=0.0)  # [128, 16]
     q_ptrs = q_base[:, None] + dim_1_odd[None, :]
-    q_1_odd = tl.load(q_ptrs, mask=row_ok[:, None] & col1_ok[None, :], other=0.0)  # [64, 16]
+    q_1_odd = tl.load(q_ptrs, mask=row_ok[:, None] & col1_ok[None, :], other=0.0)  # [128, 16]
     # bfloat16 queries meet float16 values: scale each row by a power of two so that float16 holds it
-    q_max = tl.full([64], 1e-30, tl.float32)
+    q_max = tl.full([128], 1e-30, tl.float32)
     q_max = tl.maximum(q_max, tl.max(tl.abs(q_0_even), axis=1).to(tl.float32))
     q_max = tl.maximum(q_max, tl.max(tl.abs(q_0_odd), axis=1).to(tl.float32))
     q_max = tl.maximum(q_max, tl.max(tl.abs(q_1_even), axis=1).to(tl.float32))
     q_max = tl.maximum(q_max, tl.max(tl.abs(q_1_odd), axis=1).to(tl.float32))
-    q_unit = tl.exp2(tl.floor(tl.log2(q_max)))  # [64]
+    q_unit = tl.exp2(tl.floor(tl.log2(q_max)))  # [128]
     q_0_even = (q_0_even / q_unit[:, None]).to(tl.float16)
     q_0_odd = (q_0_odd / q_unit[:, None]).to(tl.float16)
     q_1_even = (q_1_even / q_unit[:, None]).to(tl.float16)
@@ -143,12 +142,12 @@ def paged_decode(
     slots = tl.arange(0, 16)
     last_page = (seq_len - 1) // 16
 
-    m = tl.full([64], float("-inf"), tl.float32)
-    l = tl.zeros([64], tl.float32)
-    acc_0_even = tl.zeros([64, 32], tl.float32)
-    acc_0_odd = tl.zeros([64, 32], tl.float32)
-    acc_1_even = tl.zeros([64, 16], tl.float32)
-    acc_1_odd = tl.zeros([64, 16], tl.float32)
+    m = tl.full([128], float("-inf"), tl.float32)
+    l = tl.zeros([128], tl.float32)
+    acc_0_even = tl.zeros([128, 32], tl.float32)
+    acc_0_odd = tl.zeros([128, 32], tl.float32)
+    acc_1_even = tl.zeros([128, 16], tl.float32)
+    acc_1_odd = tl.zeros([128, 16], tl.float32)
 
     full_end = begin + (end - begin) // 64 * 64
     for pos in tl.range(begin, full_end, 64, num_stages=3):
@@ -163,7 +162,7 @@ def paged_decode(
         k1 = tl.load(k_ptrs, mask=col1_ok[:, None], other=0)  # [16, 64]
         k0_even, k0_odd = decode_fp8_pair(k0)
         k1_even, k1_odd = decode_fp8_pair(k1)
-        s = tl.dot(q_0_even, k0_even)  # [64, 64]
+        s = tl.dot(q_0_even, k0_even)  # [128, 64]
         s = tl.dot(q_0_odd, k0_odd, s)
         s = tl.dot(q_1_even, k1_even, s)
         s = tl.dot(q_1_odd, k1_odd, s)
@@ -197,7 +196,7 @@ def paged_decode(
         k1 = tl.load(k_ptrs, mask=live[None, :] & col1_ok[:, None], other=0)  # [16, 64]
         k0_even, k0_odd = decode_fp8_pair(k0)
         k1_even, k1_odd = decode_fp8_pair(k1)
-        s = tl.dot(q_0_even, k0_even)  # [64, 64]
+        s = tl.dot(q_0_even, k0_even)  # [128, 64]
         s = tl.dot(q_0_odd, k0_odd, s)
         s = tl.dot(q_1_even, k1_even, s)
         s = tl.dot(q_1_odd, k1_odd, s)
@@ -227,7 +226,7 @@ def paged_decode(
     acc_1_even = acc_1_even * inv_l[:, None]
     acc_1_odd = acc_1_odd * inv_l[:, None]
 
-    heads_base = kv_head * 71 + group_row
+    heads_base = kv_head * 71
     out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + heads_base.to(tl.int64) * out_stride_head
     lse_base = lse_ptr + seq.to(tl.int64) * 71 + heads_base
     if splits == 1:
@@ -245,9 +244,9 @@ def paged_decode(
 
     # leave my part; the last program of this sequence to arrive merges them all
     first_slot = tl.program_id(1).to(tl.int64) * (partitions + num_seqs) + first_piece
-    my_lse_ptr = partial_lse_ptr + first_slot * 64
-    my_part_ptr = partial_ptr + first_slot * 5120
-    part_rows = split * 64 + rows
+    my_lse_ptr = partial_lse_ptr + first_slot * 71
+    my_part_ptr = partial_ptr + first_slot * 5680
+    part_rows = split * 71 + rows
     tl.store(my_lse_ptr + part_rows, lse, mask=row_ok)
     part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_0_even[None, :]
     tl.store(part_ptrs, acc_0_even, mask=row_ok[:, None])
@@ -262,32 +261,32 @@ def paged_decode(
     if tl.atomic_add(counter, 1, sem="acq_rel") < splits - 1:
         return
     tl.store(counter, 0)  # ready for the next call
-    row = tl.arange(0, 64)
+    row = tl.arange(0, 128)
     dim = tl.arange(0, 128)
     lse_piece = tl.arange(0, 32)
     merge_piece = tl.arange(0, 1)
-    m = tl.full([64], -1e30, tl.float32)
-    l = tl.zeros([64], tl.float32)
+    m = tl.full([128], -1e30, tl.float32)
+    l = tl.zeros([128], tl.float32)
     for base in range(0, splits, 32):
-        lse_ptrs = my_lse_ptr + (base + lse_piece)[:, None] * 64 + row[None, :]
-        ok = (base + lse_piece < splits)[:, None]
+        lse_ptrs = my_lse_ptr + (base + lse_piece)[:, None] * 71 + row[None, :]
+        ok = (base + lse_piece < splits)[:, None] & (row < 71)[None, :]
         part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
         m_new = tl.maximum(m, tl.max(part_lse, axis=0))
         l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(part_lse - m_new[None, :]), axis=0)
         m = m_new
-    lse = m + tl.log2(l)  # [64]
-    merged = tl.zeros([64, 128], tl.float32)
+    lse = m + tl.log2(l)  # [128]
+    merged = tl.zeros([128, 128], tl.float32)
     for base in tl.range(0, splits, 1, loop_unroll_factor=2):
         others = base + merge_piece
-        ok = (others < splits)[:, None]
-        lse_ptrs = my_lse_ptr + others[:, None] * 64 + row[None, :]
+        ok = (others < splits)[:, None] & (row < 71)[None, :]
+        lse_ptrs = my_lse_ptr + others[:, None] * 71 + row[None, :]
         part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(part_lse - lse[None, :])  # [1, 64]
-        pieces_ptrs = my_part_ptr + (others[:, None] * 64 + row[None, :])[:, :, None] * 80 + dim[None, None, :]
+        weight = tl.exp2(part_lse - lse[None, :])  # [1, 128]
+        pieces_ptrs = my_part_ptr + (others[:, None] * 71 + row[None, :])[:, :, None] * 80 + dim[None, None, :]
         piece_ok = ok[:, :, None] & (dim < 80)[None, None, :]
         part = tl.load(pieces_ptrs, mask=piece_ok, other=0.0, cache_modifier=".cg")
         merged += tl.sum(part * weight[:, :, None], axis=0)
-    live_row = group_row + row < 71
+    live_row = row < 71
     ok = live_row[:, None] & (dim < 80)[None, :]
     merged_ptrs = out_base + row.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
     tl.store(merged_ptrs, merged.to(tl.bfloat16), mask=ok)
