@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,6 +112,7 @@ def rotation(spec: KernelSpec, workload: Workload, device: str, seed: int = 0) -
     room = KEPT_BYTES[device] - max(1, workload.kv_bytes(spec))
     while _rotations and sum(r.num_bytes for r in _rotations.values()) > room:
         _rotations.popitem(last=False)
+        _clocks.clear()  # they hold on to their inputs
     _rotations[key] = Rotation(spec, workload, device, seed)
     return _rotations[key]
 
@@ -120,74 +121,84 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-class Bench:
-    """One library on one workload; ``sample`` times one variant once."""
+class Clock:
+    """Times a callable that takes the number of its turn, 0 to ``turns`` - 1, and so rotates its inputs."""
 
-    def __init__(self, library: Library, spec: KernelSpec, workload: Workload, device: str) -> None:
-        self.library, self.spec, self.device = library, spec, device
-        self.inputs = rotation(spec, workload, device).inputs
-        size = library.workspace_bytes(workload.num_seqs)
-        self.workspace = torch.zeros(max(1, size), dtype=torch.uint8, device=device)
-        self.calls = 0  # of one sample; settled by the first variant that is warmed up
-        self._graphs: dict[int, Any] = {}
+    def __init__(self, call: Callable[[int], None], turns: int, device: str) -> None:
+        self._call, self._turns, self._device = call, turns, device
+        self._graph: Any = None
         self._next = 0
+        self.calls = 1  # of one sample
 
-    def _call(self, variant: int) -> None:
-        inputs = self.inputs[self._next % len(self.inputs)]
+    def _once(self) -> None:
+        self._call(self._next % self._turns)
         self._next += 1
-        run_case(self.spec, self.library, variant, inputs, self.workspace)
 
-    def warm(self, variant: int) -> None:
+    def warm(self) -> None:
         """First calls, untimed; on a GPU the capture of the graph."""
-        if self.device == "cpu":
+        if self._device == "cpu":
+            once_us = 0.0
             for _ in range(2):
                 start = time.perf_counter()
-                self._call(variant)
-                once = (time.perf_counter() - start) * 1e6
-            self._settle(once)
+                self._once()
+                once_us = (time.perf_counter() - start) * 1e6
+            self.calls = _calls(once_us)
             return
+        torch.cuda.synchronize()  # inputs and workspace were made on another stream
         begin, end = _event(), _event()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(side):
-            self._call(variant)
+            self._once()
             begin.record()
             for _ in range(4):
-                self._call(variant)
+                self._once()
             end.record()
         side.synchronize()
-        self._settle(begin.elapsed_time(end) * 1e3 / 4)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        # whole turns, so that every replay reads what the last one evicted
+        turns = math.ceil(max(8, _calls(begin.elapsed_time(end) * 1e3 / 4)) / self._turns)
+        self.calls, self._next = turns * self._turns, 0
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=side):
             for _ in range(self.calls):
-                self._call(variant)
-        graph.replay()
+                self._once()
+        self._graph.replay()
         torch.cuda.synchronize()
-        self._graphs[variant] = graph
 
-    def _settle(self, once_us: float) -> None:
-        if not self.calls:
-            wanted = min(MAX_CALLS, max(1, math.ceil(SAMPLE_US / max(once_us, 1.0))))
-            if self.device != "cpu":  # whole turns, so that every replay reads what the last one evicted
-                wanted = math.ceil(max(wanted, 8) / len(self.inputs)) * len(self.inputs)
-            self.calls = wanted
-
-    def sample(self, variant: int) -> float:
+    def sample(self) -> float:
         """Microseconds of one call, averaged over one sample."""
-        if self.device == "cpu":
+        if self._device == "cpu":
             start = time.perf_counter()
             for _ in range(self.calls):
-                self._call(variant)
+                self._once()
             return (time.perf_counter() - start) * 1e6 / self.calls
         begin, end = _event(), _event()
         begin.record()
-        self._graphs[variant].replay()
+        self._graph.replay()
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e3 / self.calls
 
 
+def _calls(once_us: float) -> int:
+    return min(MAX_CALLS, max(1, math.ceil(SAMPLE_US / max(once_us, 1.0))))
+
+
+def clock_of(
+    library: Library, spec: KernelSpec, workload: Workload, verified: Verified, device: str
+) -> Clock:
+    """The clock of one variant on a workload; clocks of one workload share its inputs."""
+    inputs = rotation(spec, workload, device).inputs
+    size = library.workspace_bytes(workload.num_seqs)
+    workspace = torch.zeros(max(1, size), dtype=torch.uint8, device=device)
+
+    def call(turn: int) -> None:
+        run_case(spec, library, verified.variant, inputs[turn], workspace)
+
+    return Clock(call, len(inputs), device)
+
+
 _libraries: OrderedDict[Path, Library] = OrderedDict()
-_bench: tuple[tuple[Path, KernelSpec, Workload, str], Bench] | None = None
+_clocks: dict[tuple[Path, KernelSpec, Workload, str], dict[int, Clock]] = {}
 
 
 def _library(path: Path) -> Library:
@@ -229,24 +240,27 @@ def measure(
 
     It says which variant is up before it runs, so that a crash or a hang is charged to the right one.
     """
-    global _bench
     key = (library, spec, workload, device)
-    if _bench is None or _bench[0] != key:
-        _bench = None  # lets go of its graphs and workspace before the next are made
-        _bench = (key, Bench(_library(library), spec, workload, device))
-    bench = _bench[1]
+    if any(known != library for known, *_ in _clocks):
+        _clocks.clear()  # lets go of graphs and workspaces before the next are made
+    rotation(spec, workload, device)
+    clocks = _clocks.setdefault(key, {})
     failed: dict[int, str] = {}
     order = [v.variant for v in variants]
-    for variant in list(order):
+    for verified in variants:
+        variant = verified.variant
         say(variant)
         try:
-            bench.warm(variant)
+            if variant not in clocks:
+                clocks[variant] = clock_of(_library(library), spec, workload, verified, device)
+                clocks[variant].warm()
         except (PagedgenError, RuntimeError) as error:
             try:
                 device_works(device)
             except RuntimeError:
                 os._exit(70)  # a broken context fails every later call: only this one is charged
             failed[variant] = f"call failed: {error}"
+            clocks.pop(variant, None)
             order.remove(variant)
     times: dict[int, list[float]] = {variant: [] for variant in order}
     shuffle = random.Random(seed)
@@ -254,5 +268,5 @@ def measure(
         shuffle.shuffle(order)
         for variant in order:
             say(variant)
-            times[variant].append(bench.sample(variant))
+            times[variant].append(clocks[variant].sample())
     return Samples({variant: tuple(samples) for variant, samples in times.items()}, failed)

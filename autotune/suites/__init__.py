@@ -1,0 +1,71 @@
+"""Named benchmark suites: ``pagedgen bench --suite NAME --json FILE``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from pagedgen.errors import UnknownName
+
+if TYPE_CHECKING:
+    from pagedgen.autotune.suites.report import Report
+
+Note = Callable[[str], None]  # a line of progress
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A benchmark. ``module`` has ``run(note) -> Report``; it is imported when the suite is run."""
+
+    name: str
+    meaning: str
+    module: str
+
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "decode-cpu",
+            "decode on this CPU beside its peers: dtypes, head groups, ragged lengths",
+            "pagedgen.autotune.suites.decode_cpu",
+        ),
+        Suite(
+            "decode-gpu",
+            "decode on this GPU: the published rows beside peers, and a grid of specs at 32x8192",
+            "pagedgen.autotune.suites.decode_gpu",
+        ),
+        Suite(
+            "load",
+            "loading a pack and the first call in a fresh process, call overhead, pagedgen --help",
+            "pagedgen.autotune.suites.load",
+        ),
+        Suite(
+            "manager",
+            "the block manager: steps, prompts, memory, and vLLM's manager where vllm is installed",
+            "pagedgen.autotune.suites.manager",
+        ),
+    )
+}
+
+
+def run_suite(name: str, json_path: Path | None, note: Note) -> Report:
+    """Run a suite, note its table, and keep the report as JSON.
+
+    Raises:
+        UnknownName: no such suite.
+        DeviceMissing: the suite needs a device that is not here.
+        CacheUnwritable: the JSON file cannot be written.
+    """
+    if name not in SUITES:
+        raise UnknownName("suite", name, SUITES)
+    run = cast("Callable[[Note], Report]", import_module(SUITES[name].module).run)
+    report = run(note)
+    for line in report.lines():
+        note(line)
+    if json_path is not None:
+        report.save(json_path)
+    return report

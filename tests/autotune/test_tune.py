@@ -166,7 +166,8 @@ def test_nothing_left_is_said_with_numbers(fakes, database, cpu) -> None:
 
 def test_the_budget_ends_the_search_with_what_there_is(fakes, database, cpu) -> None:
     result = tune(SPEC, cpu, [LONG], effort="max", budget_s=1e-6, database=database)
-    assert (result.stop is Stop.BUDGET and result.counts.compiled == 0) or result.selection
+    assert result.stop is Stop.BUDGET
+    assert result.counts.compiled == result.counts.timed == 8  # one batch, so that there is something
 
 
 def test_an_unwritable_cache_is_warned_of_once_a_save(fakes, database, cpu, monkeypatch) -> None:

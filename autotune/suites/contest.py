@@ -1,0 +1,119 @@
+"""Contenders timed in interleaved rounds: ours, proved first, beside whatever peers are installed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pagedgen.autotune.binaries import BinaryCache, Compiled
+from pagedgen.autotune.database import Database
+from pagedgen.autotune.device import stamp_of
+from pagedgen.autotune.measure import Clock, Verified, clock_of, gate_variant
+from pagedgen.autotune.suites.report import Row
+from pagedgen.compiler.binary import Binary
+from pagedgen.compiler.compile import compile_source, compiler_version
+from pagedgen.compiler.families import family_for, template_hash
+from pagedgen.compiler.link import link
+from pagedgen.compiler.render import render
+from pagedgen.compiler.space import default_schedule
+from pagedgen.errors import CompileError
+from pagedgen.runtime.library import Library
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.target import Target
+from pagedgen.values.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that is timed. ``kv_bytes`` is what one call has to read."""
+
+    name: str
+    clock: Clock
+    kv_bytes: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The schedule that stands for us on a workload, and where it comes from."""
+
+    schedule: Schedule
+    origin: str  # "measured", "predicted" or "default"
+
+
+def pick(spec: KernelSpec, target: Target, workload: Workload, database: Database | None = None) -> Pick:
+    """The recorded selection's schedule for a workload, or the family's default where nothing is recorded."""
+    template = template_hash(family_for(spec, target))
+    stamp = stamp_of(target, template, compiler_version(target.kind), measured=True)
+    found = (database or Database()).find(spec, target.name, stamp)
+    if found is None or found.entry.selection is None:
+        return Pick(default_schedule(spec, target), "default")
+    selection = found.entry.selection
+    return Pick(selection.pick(workload.num_seqs, workload.max_seq_len), selection.status.value)
+
+
+def compiled(spec: KernelSpec, target: Target, schedule: Schedule) -> Binary:
+    """The binary of a schedule, from the cache where it is there.
+
+    Raises:
+        CompileError: it does not compile, or it spills.
+    """
+    cache, source = BinaryCache(), render(spec, target, schedule)
+    compiler = compiler_version(target.kind)
+    known = cache.get(source, compiler)
+    if known is None:
+        binary = compile_source(source)
+        cache.put(source, compiler, binary)
+        known = Compiled.of(binary, fresh=True)
+    if known.binary is None:
+        raise CompileError(f"{schedule.name}: {known.reason}")
+    return known.binary
+
+
+def ours(
+    spec: KernelSpec, target: Target, workload: Workload, device: str, folder: Path, name: str = "pagedgen"
+) -> Contender:
+    """Our kernel for a workload: picked, compiled, linked and gated in this process.
+
+    Raises:
+        GateFailure: the kernel is wrong.
+        CompileError: it does not compile.
+    """
+    chosen = pick(spec, target, workload)
+    out = folder / f"{spec.name}-{chosen.schedule.hash}.so"
+    library = link([compiled(spec, target, chosen.schedule)], (), out)
+    verdict = gate_variant(library, spec, 0, device, 0)
+    clock = clock_of(Library(library), spec, workload, Verified(0, chosen.schedule, verdict), device)
+    return Contender(name, clock, workload.kv_bytes(spec), f"{chosen.origin}: {chosen.schedule.name}")
+
+
+def contest(
+    contenders: Sequence[Contender], rounds: int, read_gbs: Callable[[], float] | None = None, seed: int = 0
+) -> tuple[tuple[Row, ...], tuple[float, ...]]:
+    """Time contenders in interleaved rounds, the read bandwidth in each round beside them.
+
+    One that fails is a row with the reason.
+    """
+    failures: dict[str, str] = {}
+    samples: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for contender in contenders:
+        try:
+            contender.clock.warm()
+        except Exception as error:  # peers raise anything; it is their row that says so
+            failures[contender.name] = f"{type(error).__name__}: {error}"
+    order = [c for c in contenders if c.name not in failures]
+    shuffle, bandwidths = random.Random(seed), []
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for contender in order:
+            samples[contender.name].append(contender.clock.sample())
+        if read_gbs is not None:
+            bandwidths.append(read_gbs())
+    rows = tuple(
+        Row(c.name, tuple(samples[c.name]), c.kv_bytes, c.detail, failures.get(c.name, ""))
+        for c in contenders
+    )
+    return rows, tuple(bandwidths)

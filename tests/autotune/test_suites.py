@@ -1,0 +1,123 @@
+"""Suites: what follows from raw samples, the registry, the grid; and loading for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pagedgen.autotune.suites import SUITES, run_suite
+from pagedgen.autotune.suites.contest import Contender, contest, pick
+from pagedgen.autotune.suites.decode_gpu import GRID_WORKLOAD, grid, rows
+from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.compiler.space import default_schedule
+from pagedgen.errors import DeviceMissing, UnknownName
+from pagedgen.values.spec import DType, KernelSpec, Op
+from pagedgen.values.target_table import target
+from pagedgen.values.workload import Workload
+
+SPEC = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.F16, DType.F16)
+WORKLOAD = Workload.uniform(16, 2048)
+
+
+def test_ratios_and_shares_are_taken_round_by_round() -> None:
+    ours = Row("pagedgen", (100.0, 300.0, 110.0), 1_000_000, "measured: tile64")
+    peer = Row("peer", (200.0, 600.0, 110.0), 1_000_000)
+    double = Row("twice the bytes", (100.0, 300.0, 110.0), 2_000_000)
+    broken = Row("broken", (), 1_000_000, failure="RuntimeError: no")
+    read = (20.0, 5.0, 10.0)
+    case = Case("case", SPEC, WORKLOAD, (ours, peer, double, broken), read)
+    first, second, third, fourth = case.summaries()
+    assert (first.median_us, first.speed_ratio) == (110.0, 1.0)
+    assert first.roofline_share == pytest.approx(2 / 3)  # of 1/2, 2/3 and 10/11; of the medians 0.91
+    assert second.speed_ratio == 2.0  # of 2, 2 and 1; the medians alone would say 1.82
+    assert third.speed_ratio == 0.5 and third.gbs == pytest.approx(2 * first.gbs)
+    assert (fourth.failure, fourth.median_us, fourth.gbs) == ("RuntimeError: no", 0.0, 0.0)
+    assert first.samples_us == ours.samples_us
+
+
+def test_a_report_is_json_with_raw_samples_and_reads_as_a_table(tmp_path: Path) -> None:
+    row = Row("pagedgen", (100.0, 120.0), 1_000_000)
+    report = Report.of("made-up", target("cpu"), [Case("case", SPEC, WORKLOAD, (row,), (20.0,))], ["a note"])
+    report.save(tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["cases"][0]["rows"][0]["samples_us"] == [100.0, 120.0]
+    assert data["environment"]["device"] and data["environment"]["threads"] >= 1
+    assert {name for name, _ in data["environment"]["packages"]} >= {"torch", "numpy"}
+    assert any("pagedgen" in line and "110.0 us" in line for line in report.lines())
+    assert report.lines()[-1] == "a note"
+
+
+class FakeClock:
+    """Counts its samples; may refuse to warm up."""
+
+    def __init__(self, us: float, log: list[float], refuses: bool = False) -> None:
+        self.us, self.log, self.refuses = us, log, refuses
+
+    def warm(self) -> None:
+        if self.refuses:
+            raise ValueError("not on this device")
+
+    def sample(self) -> float:
+        self.log.append(self.us)
+        return self.us
+
+
+def test_a_contest_interleaves_and_keeps_failures() -> None:
+    log: list[float] = []
+    clocks = [FakeClock(1.0, log), FakeClock(2.0, log), FakeClock(3.0, log, refuses=True)]
+    contenders = [Contender(f"c{i}", clock, 100) for i, clock in enumerate(clocks)]  # type: ignore[arg-type]
+    found, read = contest(contenders, 6, lambda: 7.0)
+    assert [row.samples_us for row in found] == [(1.0,) * 6, (2.0,) * 6, ()]
+    assert found[2].failure == "ValueError: not on this device"
+    assert read == (7.0,) * 6
+    assert all(sorted(log[2 * i : 2 * i + 2]) == [1.0, 2.0] for i in range(6))
+
+
+def test_nothing_recorded_means_the_default_and_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PAGEDGEN_CACHE_DIR", str(tmp_path))
+    odd = KernelSpec(Op.DECODE, 72, 6, 3, 24, DType.F32, DType.F32)
+    chosen = pick(odd, target("cpu"), WORKLOAD)
+    assert chosen.origin == "default" and chosen.schedule == default_schedule(odd, target("cpu"))
+
+
+def test_the_grid_is_what_was_promised() -> None:
+    specs = grid()
+    assert len(specs) == len(set(specs)) >= 60
+    assert {s.head_dim for s in specs} >= {32, 64, 80, 96, 128, 192, 256}
+    assert {s.group_size for s in specs} >= {1, 2, 4, 5, 7, 8, 16, 32}
+    assert any(s.num_kv_heads == 1 for s in specs)
+    assert {s.block_size for s in specs} >= {1, 8, 16, 32, 64, 128, 256, 544}
+    assert {s.kv_dtype for s in specs} == {DType.F16, DType.BF16, DType.FP8_E4M3, DType.FP8_E5M2}
+    assert Workload.uniform(32, 8192) == GRID_WORKLOAD
+    assert {job.workload.name for job in rows()} >= {"1x8192", "32x8192", "128x1024", "1x131072+63x1024"}
+
+
+def test_unknown_suites_and_absent_devices_are_named(monkeypatch) -> None:
+    with pytest.raises(UnknownName, match="decode-cpu, decode-gpu, load"):
+        run_suite("nope", None, print)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DeviceMissing, match="gpu 0"):
+        run_suite("decode-gpu", None, print)
+
+
+def test_every_suite_has_its_module() -> None:
+    from importlib.util import find_spec
+
+    for suite in SUITES.values():
+        assert find_spec(suite.module) is not None, suite.module
+
+
+def test_load_for_real(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("tvm")
+    from pagedgen.autotune.suites import load
+
+    monkeypatch.setenv("PAGEDGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(load, "PROCESSES", 1)
+    monkeypatch.setattr(load, "CALLS", 50)
+    report = run_suite("load", tmp_path / "load.json", lambda line: None)
+    named = {row.contender: row.median_us for row in report.cases[0].rows}
+    assert set(named) == {"load and first call", "load", "first call", "call", "pagedgen --help"}
+    assert all(time > 0 for time in named.values())
+    assert named["load"] + named["first call"] == pytest.approx(named["load and first call"])
