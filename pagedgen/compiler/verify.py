@@ -143,10 +143,13 @@ def make_inputs(
             else:
                 tensor.copy_(values)
     if poison:
-        used = torch.zeros(num_blocks, block, dtype=torch.bool, device=device)
+        used = torch.zeros(num_blocks, block, dtype=torch.bool)
         for row, length in enumerate(seq_lens):
-            for i in range(blocks_of[row]):
-                used[rows[row][i], : min(block, length - i * block)] = True
+            whole, rest = divmod(length, block)
+            used[rows[row][:whole]] = True
+            if rest:
+                used[rows[row][whole], :rest] = True
+        used = used.to(device)
         for tensor in (k, v):
             tensor[~used] = 0x7F if is_fp8 else float("nan")
 
