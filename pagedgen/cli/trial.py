@@ -17,7 +17,7 @@ from pagedgen.runtime.attention import load
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.workload import Workload
 
-CALLS = 9
+WARM, CALLS = 3, 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def try_pack(pack: Path, workloads: Mapping[KernelSpec, Sequence[Workload]]) -> 
         for batch in batches:
             inputs = make_inputs(spec, batch.seq_lens, device, seed=1, pool=pool_layout(device))
             times = []
-            for _ in range(CALLS):
+            for _ in range(WARM + CALLS):
                 start = time.perf_counter()
                 attention.decode(
                     inputs.q,
@@ -68,7 +68,7 @@ def try_pack(pack: Path, workloads: Mapping[KernelSpec, Sequence[Workload]]) -> 
             error, allowed, reason = judge(spec, inputs)
             if reason:
                 raise GateFailure(f"{pack}: {spec.name} on {batch.name}: {reason}")
-            call_us = statistics.median(times)
+            call_us = statistics.median(times[WARM:])
             gbs = batch.kv_bytes(spec) / call_us / 1e3
             rows.append(Decoded(spec.name, batch.name, call_us, gbs, error, allowed))
     return load_ms, rows
