@@ -53,7 +53,7 @@ SUITES: dict[str, Suite] = {
 
 
 def run_suite(name: str, json_path: Path | None, note: Note) -> Report:
-    """Run a suite, note its table, and keep the report as JSON.
+    """Run a suite, note its progress, and keep the report as JSON.
 
     Raises:
         UnknownName: no such suite.
@@ -64,8 +64,6 @@ def run_suite(name: str, json_path: Path | None, note: Note) -> Report:
         raise UnknownName("suite", name, SUITES)
     run = cast("Callable[[Note], Report]", import_module(SUITES[name].module).run)
     report = run(note)
-    for line in report.lines():
-        note(line)
     if json_path is not None:
         report.save(json_path)
     return report

@@ -177,7 +177,7 @@ def show(result: TuneResult, workloads: Sequence[Workload]) -> None:
 
 def _show_trial(load_ms: float, rows: Sequence[Decoded]) -> None:
     console.table(
-        f"The pack, loaded in {load_ms:.1f} ms, decoding",
+        f"The pack, loaded in {load_ms:.1f} ms, decoding (the same inputs each call)",
         ("spec", "batch", ">µs a call", ">GB/s", ">largest error", ">allowed there"),
         (
             (r.spec, r.batch, f"{r.call_us:,.1f}", f"{r.gbs:,.1f}", f"{r.error:.2g}", f"{r.allowed:.2g}")

@@ -191,3 +191,9 @@ def test_doctor_fails_on_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("PAGEDGEN_CACHE_DIR", str(place))
     checks = {check["name"]: check for check in json.loads(run("doctor", "--json", code=1).stdout)}
     assert checks["user cache"]["state"] == "missing" and "PAGEDGEN_CACHE_DIR" in checks["user cache"]["fix"]
+
+
+def test_bench_lists_its_suites_and_refuses_others():
+    listed = run("bench").stdout
+    assert "decode-cpu" in listed and "decode-gpu" in listed and "load" in listed
+    assert "unknown suite 'speed'; known: decode-cpu" in run("bench", "--suite", "speed", code=1).stderr
