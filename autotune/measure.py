@@ -85,6 +85,24 @@ def last_level_cache_bytes(device: str) -> int:
     return max(sizes)
 
 
+class Turns:
+    """Whose turn it is among ``count`` inputs. All clocks of a workload take turns from one of these: with a
+    count of its own, each would read the pools that the one before it has just left in the cache."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self._next = count, 0
+
+    def reset(self) -> None:
+        """Begin with the first: graphs that all begin with it never begin with what another ended on."""
+        self._next = 0
+
+    def take(self) -> int:
+        """The next one, 0 to count - 1, round and round."""
+        turn = self._next
+        self._next = (turn + 1) % self.count
+        return turn
+
+
 class Rotation:
     """Inputs of one workload, enough of them that none is still cached when its turn comes again."""
 
@@ -93,7 +111,7 @@ class Rotation:
         count = min(64, 1 + math.ceil(ROTATION * last_level_cache_bytes(device) / size))
         if size > ROTATION * last_level_cache_bytes(device):
             count = 1  # a call reads so much that it evicts its own beginning
-        self.num_bytes = count * size
+        self.num_bytes, self.turns = count * size, Turns(count)
         self.inputs: list[Inputs] = [
             make_inputs(spec, workload.seq_lens, device, seed + i, pool=pool_layout(device), poison=False)
             for i in range(count)
@@ -122,17 +140,15 @@ def _event() -> torch.cuda.Event:
 
 
 class Clock:
-    """Times a callable that takes the number of its turn, 0 to ``turns`` - 1, and so rotates its inputs."""
+    """Times a callable that is given its turn, and so rotates its inputs."""
 
-    def __init__(self, call: Callable[[int], None], turns: int, device: str) -> None:
+    def __init__(self, call: Callable[[int], None], turns: Turns, device: str) -> None:
         self._call, self._turns, self._device = call, turns, device
         self._graph: Any = None
-        self._next = 0
         self.calls = 1  # of one sample
 
     def _once(self) -> None:
-        self._call(self._next % self._turns)
-        self._next += 1
+        self._call(self._turns.take())
 
     def warm(self) -> None:
         """First calls, untimed; on a GPU the capture of the graph."""
@@ -155,8 +171,9 @@ class Clock:
             end.record()
         side.synchronize()
         # whole turns, so that every replay reads what the last one evicted
-        turns = math.ceil(max(8, _calls(begin.elapsed_time(end) * 1e3 / 4)) / self._turns)
-        self.calls, self._next = turns * self._turns, 0
+        turns = math.ceil(max(8, _calls(begin.elapsed_time(end) * 1e3 / 4)) / self._turns.count)
+        self.calls = turns * self._turns.count
+        self._turns.reset()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=side):
             for _ in range(self.calls):
@@ -187,14 +204,15 @@ def clock_of(
     library: Library, spec: KernelSpec, workload: Workload, verified: Verified, device: str
 ) -> Clock:
     """The clock of one variant on a workload; clocks of one workload share its inputs."""
-    inputs = rotation(spec, workload, device).inputs
+    rotating = rotation(spec, workload, device)
+    inputs = rotating.inputs
     size = library.workspace_bytes(workload.num_seqs)
     workspace = torch.zeros(max(1, size), dtype=torch.uint8, device=device)
 
     def call(turn: int) -> None:
         run_case(spec, library, verified.variant, inputs[turn], workspace)
 
-    return Clock(call, len(inputs), device)
+    return Clock(call, rotating.turns, device)
 
 
 _libraries: OrderedDict[Path, Library] = OrderedDict()

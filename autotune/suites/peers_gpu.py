@@ -45,7 +45,8 @@ def peers(spec: KernelSpec, workload: Workload) -> list[Contender]:
 
 
 def _contender(name: str, spec: KernelSpec, workload: Workload, *, use_tensor_cores: bool) -> Contender:
-    inputs = rotation(spec, workload, "cuda").inputs
+    rotating = rotation(spec, workload, "cuda")
+    inputs = rotating.inputs
     calls: list[Callable[[], None]] = []
 
     def call(turn: int) -> None:
@@ -59,7 +60,7 @@ def _contender(name: str, spec: KernelSpec, workload: Workload, *, use_tensor_co
 
     return Contender(
         name,
-        Clock(call, len(inputs), "cuda"),
+        Clock(call, rotating.turns, "cuda"),
         workload.kv_bytes(spec),
         f"flashinfer {flashinfer.__version__}",
     )

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from pagedgen.autotune import measure as module
-from pagedgen.autotune.measure import ROTATION, Clock, Rotation, Verified, last_level_cache_bytes, measure
+from pagedgen.autotune.measure import (
+    ROTATION,
+    Clock,
+    Rotation,
+    Turns,
+    Verified,
+    last_level_cache_bytes,
+    measure,
+)
 from pagedgen.errors import GateFailure
 from pagedgen.values.record import Verdict
 from pagedgen.values.schedule import Schedule
@@ -46,11 +55,24 @@ def test_this_machines_cache_is_known() -> None:
 
 def test_a_clock_takes_turns_and_repeats_short_calls() -> None:
     turns: list[int] = []
-    clock = Clock(turns.append, 3, "cpu")
+    clock = Clock(turns.append, Turns(3), "cpu")
     clock.warm()
     assert clock.calls == module.MAX_CALLS  # a call this short is repeated as often as is allowed
     assert clock.sample() < 100
     assert turns[:7] == [0, 1, 2, 0, 1, 2, 0] and len(turns) == 2 + clock.calls
+
+
+def test_clocks_of_a_workload_never_follow_each_other_on_one_input() -> None:
+    turns, seen = Turns(4), []
+    clocks = [Clock(seen.append, turns, "cpu") for _ in range(3)]
+    for clock in clocks:
+        clock.warm()
+        clock.calls = 1
+    for _ in range(5):
+        for clock in clocks:
+            clock.sample()
+    assert all(a != b for a, b in itertools.pairwise(seen))
+    assert seen == [i % 4 for i in range(len(seen))]
 
 
 class FakeLibrary:
