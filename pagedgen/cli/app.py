@@ -98,6 +98,14 @@ QDtype = Annotated[
 KvScale = Annotated[
     str, typer.Option(metavar="tensor|head", help="Granularity of fp8 scales.", rich_help_panel=WHAT)
 ]
+KInner = Annotated[
+    str | None,
+    typer.Option(
+        metavar="token|dim",
+        help="Axis of K with stride 1. Default: token on a CPU, where that is fastest, else dim.",
+        rich_help_panel=WHAT,
+    ),
+]
 Lse = Annotated[bool, typer.Option("--lse", help="Return the log-sum-exp as well.", rich_help_panel=WHAT)]
 Trace = Annotated[
     Path | None,
@@ -171,6 +179,7 @@ def tune(
     kv_dtype: KvDtype = None,
     q_dtype: QDtype = None,
     kv_scale: KvScale = "tensor",
+    k_inner: KInner = None,
     lse: Lse = False,
     trace: Trace = None,
     effort: Annotated[
@@ -203,7 +212,19 @@ def tune(
     from pagedgen.cli.tune import run
 
     job = Job.of(
-        gpu, cpu, model, tp, head_dim, num_q_heads, num_kv_heads, block_size, q_dtype, kv_dtype, kv_scale, lse
+        gpu=gpu,
+        cpu=cpu,
+        model=model,
+        tp=tp,
+        head_dim=head_dim,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        kv_scale=kv_scale,
+        k_inner=k_inner,
+        lse=lse,
     )
     run(job, trace=trace, effort=effort, budget=budget, seed=seed, out=out, as_json=json)
 
@@ -227,6 +248,7 @@ def build(
     kv_dtype: KvDtype = None,
     q_dtype: QDtype = None,
     kv_scale: KvScale = "tensor",
+    k_inner: KInner = None,
     lse: Lse = False,
     json: Json = False,
 ) -> None:
@@ -239,7 +261,19 @@ def build(
     from pagedgen.cli.options import Job
 
     job = Job.of(
-        gpu, cpu, model, tp, head_dim, num_q_heads, num_kv_heads, block_size, q_dtype, kv_dtype, kv_scale, lse
+        gpu=gpu,
+        cpu=cpu,
+        model=model,
+        tp=tp,
+        head_dim=head_dim,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        kv_scale=kv_scale,
+        k_inner=k_inner,
+        lse=lse,
     )
     run(job, out=out, as_json=json)
 
@@ -257,6 +291,7 @@ def generate(
     kv_dtype: KvDtype = None,
     q_dtype: QDtype = None,
     kv_scale: KvScale = "tensor",
+    k_inner: KInner = None,
     lse: Lse = False,
     schedule: ScheduleText = None,
     out: Annotated[
@@ -274,7 +309,19 @@ def generate(
     from pagedgen.cli.options import Job
 
     job = Job.of(
-        gpu, cpu, model, tp, head_dim, num_q_heads, num_kv_heads, block_size, q_dtype, kv_dtype, kv_scale, lse
+        gpu=gpu,
+        cpu=cpu,
+        model=model,
+        tp=tp,
+        head_dim=head_dim,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        kv_scale=kv_scale,
+        k_inner=k_inner,
+        lse=lse,
     )
     run(job, schedule=schedule, out=out, as_json=json)
 
@@ -292,6 +339,7 @@ def explain(
     kv_dtype: KvDtype = None,
     q_dtype: QDtype = None,
     kv_scale: KvScale = "tensor",
+    k_inner: KInner = None,
     lse: Lse = False,
     schedule: ScheduleText = None,
     workload: Batch = "32x4096",
@@ -308,7 +356,19 @@ def explain(
     from pagedgen.cli.options import Job
 
     job = Job.of(
-        gpu, cpu, model, tp, head_dim, num_q_heads, num_kv_heads, block_size, q_dtype, kv_dtype, kv_scale, lse
+        gpu=gpu,
+        cpu=cpu,
+        model=model,
+        tp=tp,
+        head_dim=head_dim,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        kv_scale=kv_scale,
+        k_inner=k_inner,
+        lse=lse,
     )
     run(job, schedule=schedule, workload=workload, as_json=json)
 

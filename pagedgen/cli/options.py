@@ -36,6 +36,7 @@ class Job:
     @classmethod
     def of(
         cls,
+        *,
         gpu: str | None,
         cpu: bool,
         model: str | None,
@@ -47,6 +48,7 @@ class Job:
         q_dtype: str | None,
         kv_dtype: str | None,
         kv_scale: str,
+        k_inner: str | None,
         lse: bool,
     ) -> Job:
         """From the options' texts; comma lists make a product, and what is not given comes from the model.
@@ -62,17 +64,18 @@ class Job:
         dims = integers("head_dim", head_dim) or [shape.head_dim]
         q_heads = integers("num_q_heads", num_q_heads) or [shape.num_q_heads]
         kv_heads = integers("num_kv_heads", num_kv_heads) or [shape.num_kv_heads]
-        try:
-            scale = KVScale(kv_scale)
-        except ValueError:
-            raise InvalidValue("kv_scale", kv_scale, "allowed: tensor, head") from None
+        if kv_scale not in (KVScale.TENSOR, KVScale.HEAD):
+            raise InvalidValue("kv_scale", kv_scale, "allowed: tensor, head")
+        if k_inner not in (None, *KInner):
+            raise InvalidValue("k_inner", k_inner, f"allowed: {', '.join(KInner)}")
+        # The layout that is fastest on the target, which the project's own KV cache has there.
+        fastest = KInner.TOKEN if where.kind == "cpu" else KInner.DIM
         specs = decode_specs(
             itertools.product(dims, q_heads, kv_heads),
             block_sizes=integers("block_size", block_size) or [16],
             dtypes=dtype_pairs(dtypes("q_dtype", q_dtype), dtypes("kv_dtype", kv_dtype), shape.dtype),
-            kv_scale=scale,
-            # The layout that is fastest on the target, which the project's own KV cache has there.
-            k_inner=KInner.TOKEN if where.kind == "cpu" else KInner.DIM,
+            kv_scale=KVScale(kv_scale),
+            k_inner=KInner(k_inner) if k_inner else fastest,
             return_lse=lse,
         )
         explicit = own_shape and model is None

@@ -66,6 +66,7 @@ def test_usage_errors_are_2(arguments):
         (["--q-dtype", "fp8_e4m3"], "q_dtype = 'fp8_e4m3': allowed: f32, f16, bf16"),
         (["--q-dtype", "bf16", "--kv-dtype", "f16"], "kv_dtype = 'f16': q_dtype (bf16)"),
         (["--kv-scale", "token"], "kv_scale = 'token': allowed: tensor, head"),
+        (["--kv-scale", "none"], "kv_scale = 'none': allowed: tensor, head"),
         (["--gpu", "v100"], "unknown target 'v100'; known: a100-40g"),
         (["--gpu", "h100", "--cpu"], "gpu = 'h100': not together with --cpu"),
         (["--model", "gpt-9"], "unknown model 'gpt-9'; known: llama-3-8b"),

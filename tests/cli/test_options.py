@@ -22,6 +22,7 @@ def job(**changes) -> Job:
         "q_dtype": None,
         "kv_dtype": None,
         "kv_scale": "tensor",
+        "k_inner": None,
         "lse": False,
     }
     return Job.of(**{**options, **changes})
@@ -70,6 +71,9 @@ def test_explicit_shapes_replace_the_models():
 def test_cpus_read_k_along_tokens():
     assert job(gpu=None, cpu=True).only.k_inner is KInner.TOKEN
     assert job().only.k_inner is KInner.DIM
+    assert job(gpu=None, cpu=True, k_inner="dim").only.k_inner is KInner.DIM
+    with pytest.raises(InvalidValue, match="k_inner = 'head': allowed: dim, token"):
+        job(k_inner="head")
 
 
 def test_tensor_parallelism_and_gaps_come_with_the_model():
