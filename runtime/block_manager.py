@@ -550,10 +550,11 @@ class BlockManager:
         """Preempt a sequence: give its blocks up for host blocks.
 
         Blocks that others use as well stay where they are and stay its own. The sequence takes part in
-        nothing but :meth:`swap_in` and :meth:`free` until it is back.
+        nothing but :meth:`swap_in`, :meth:`free`, and further calls of this that take more of it, until it
+        is back.
 
         Args:
-            num_blocks: only this many of its last blocks (a group); None: all.
+            num_blocks: only this many (a group) of the blocks that it alone has, from its end; None: all.
 
         Returns:
             int32 ``[n, 2]`` of (block, host block), to be copied at once, before what later calls return.
@@ -561,35 +562,33 @@ class BlockManager:
         Raises:
             OutOfHostBlocks: too few host blocks are free.
             SequenceNotComputed: the present step has not computed its last tokens.
-            SequenceSwapped: it is swapped out already.
+            See :meth:`SequenceTable.row`.
         """
-        row = self.seqs.resident_row(seq)
-        count = -(-int(self.seq_lens[row]) // self.block_size)
+        row = self.seqs.row(seq)
         if num_blocks is not None:
             _check_int("num_blocks", num_blocks, 1, 1 << 31)
         if self._step_of[row] == self._step:
             raise SequenceNotComputed(seq, "has tokens of this step: run it (take_copies) before swapping")
-        leaving = []
-        for group in self.groups:
-            first = int(group.starts[row])
-            if num_blocks is not None:
-                first = max(first, count - num_blocks)
-            columns = np.arange(first, count)
-            leaving.append(columns[self.pool.refs.take(group.table[row, first:count]) == 1])
+        leaving = [self._own_columns(row, index) for index in range(len(self.groups))]
+        if num_blocks is not None:
+            leaving = [columns[-num_blocks:] for columns in leaving]
         self.swap.check_room(sum(columns.size for columns in leaving))
+        count = -(-int(self.seq_lens[row]) // self.block_size)
+        before = self.swap.records.get(row)
         records, pairs = [], []
-        for group, columns in zip(self.groups, leaving, strict=True):
+        for index, (group, columns) in enumerate(zip(self.groups, leaving, strict=True)):
             device = group.table[row, columns]
             host = self.swap.take(columns.size)
-            records.append(self._swapped(columns, host, device))
+            record = self._swapped(columns, host, device)
+            records.append(record.joined(before[index]) if before else record)
             pairs.append(np.stack((device, host), axis=1))
             # Drafts' slots hold nothing yet.
             spare = group.table[row, count : int(self._capacity[row]) // self.block_size].copy()
             self._release(np.concatenate((spare[::-1], device[::-1])))
         self._capacity[row] = count * self.block_size
         self.swap.records[row] = records
+        self.counters.preempted += before is None
         self.seqs.suspend(row)
-        self.counters.preempted += 1
         self.counters.swapped_out_blocks += sum(columns.size for columns in leaving)
         return np.concatenate(pairs)
 
@@ -670,12 +669,15 @@ class BlockManager:
         blocks[: int(self.groups[group].starts[row])] = 0
         return blocks
 
-    def refs(self, seq: int, group: int = 0) -> I32:
-        """Owners of each block of a sequence's tokens; 0 for those released behind a window."""
-        row = self.seqs.resident_row(seq)
-        counts = self.pool.refs.take(self.blocks(seq, group))
-        counts[: int(self.groups[group].starts[row])] = 0
-        return counts
+    def own_blocks(self, seq: int) -> list[I64]:
+        """What preempting a sequence frees: for each group, the columns of the block table whose blocks are
+        on the device and in nobody else's use, ascending.
+
+        Raises:
+            See :meth:`SequenceTable.row`.
+        """
+        row = self.seqs.row(seq)
+        return [self._own_columns(row, index) for index in range(len(self.groups))]
 
     def stats(self) -> Stats:
         """A snapshot; O(sequences), so fit for every step of a serving loop."""
@@ -870,6 +872,15 @@ class BlockManager:
         last = max(0, int(self.seq_lens[row]) - 1) // self.block_size
         for group in self.groups:
             group.tails[row] = group.table[row, last]
+
+    def _own_columns(self, row: int, index: int) -> I64:
+        group = self.groups[index]
+        first, count = int(group.starts[row]), -(-int(self.seq_lens[row]) // self.block_size)
+        own = self.pool.refs.take(group.table[row, first:count]) == 1
+        if row in self.swap.records:
+            own[self.swap.records[row][index].columns - first] = False
+        columns: I64 = own.nonzero()[0] + first
+        return columns
 
     def _swapped(self, columns: I64, host: I32, device: I32) -> SwappedBlocks:
         zeros = np.zeros(columns.size, np.uint64)

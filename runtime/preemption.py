@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
-
 from pagedgen.errors import InvalidValue, OutOfBlocks
 from pagedgen.runtime.block_manager import BlockManager
 
@@ -58,43 +56,37 @@ class PreemptionRule:
     def plan(self, manager: BlockManager, needed: int, victims: Sequence[int]) -> list[Preemption]:
         """Preemptions that bring ``needed`` blocks into being, changing nothing.
 
-        Victims are taken in the given order (usually the latest arrival first). The last one gives up no
-        more of its tail than is still needed, when it is swapped.
+        Victims are taken in the given order: usually what is partly swapped out already, then the latest
+        arrival. When one is swapped, it gives up no more of its tail than is still needed.
 
         Raises:
             OutOfBlocks: all victims together do not suffice.
             See :meth:`SequenceTable.resident_row`.
         """
         plan: list[Preemption] = []
-        missing = needed
-        host = manager.swap.num_free
+        missing, host = needed, manager.swap.num_free
         for seq in victims:
             if missing <= 0:
                 break
-            own = [np.flatnonzero(manager.refs(seq, group) == 1) for group in range(len(manager.groups))]
-            count = -(-manager.length(seq) // manager.block_size)
+            own = manager.own_blocks(seq)
             total = sum(columns.size for columns in own)
             if not total:
-                continue  # all of it is shared: preempting it frees nothing
-            tail = count
-            if total > missing:
-                tail = next(n for n in range(1, count + 1) if _last(own, count - n) >= missing)
-            freed = _last(own, count - tail)
+                continue  # all of it is shared or gone already: preempting it frees nothing
+            most = max(columns.size for columns in own)
+            tail = next(
+                n for n in range(1, most + 1) if n == most or sum(min(n, c.size) for c in own) >= missing
+            )
+            freed = sum(min(tail, columns.size) for columns in own)
             swap = 2 * freed * self.block_bytes / self.swap_bytes_per_s
-            kept = min(int(columns[0]) if columns.size else count for columns in own) * manager.block_size
+            kept = min(int(columns[0]) for columns in own if columns.size) * manager.block_size
             recompute = max(1, manager.length(seq) - kept) / self.prefill_tokens_per_s
             if swap <= recompute and freed <= host:
                 plan.append(Preemption(seq, Remedy.SWAP, tail, freed, swap))
                 host -= freed
             else:
                 freed = total
-                plan.append(Preemption(seq, Remedy.RECOMPUTE, count, freed, recompute))
+                plan.append(Preemption(seq, Remedy.RECOMPUTE, most, freed, recompute))
             missing -= freed
         if missing > 0:
             raise OutOfBlocks(needed, needed - missing)
         return plan
-
-
-def _last(own: list[np.ndarray[tuple[int], np.dtype[np.int64]]], first: int) -> int:
-    """Blocks of its own that a sequence has from column ``first`` on."""
-    return sum(int((columns >= first).sum()) for columns in own)

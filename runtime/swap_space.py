@@ -25,6 +25,17 @@ class SwappedBlocks:
     lanes: tuple[U64, U64]
     identities: I64
 
+    def joined(self, other: SwappedBlocks) -> SwappedBlocks:
+        """Both, of the same sequence and group."""
+        a, b = (np.concatenate(pair) for pair in zip(self.lanes, other.lanes, strict=True))
+        return SwappedBlocks(
+            np.concatenate((self.columns, other.columns)),
+            np.concatenate((self.host, other.host)),
+            np.concatenate((self.device, other.device)),
+            (a, b),
+            np.concatenate((self.identities, other.identities)),
+        )
+
 
 class SwapSpace:
     """A pool of ``num_blocks`` host blocks (0: no swapping), lowest first so that copies come in runs."""

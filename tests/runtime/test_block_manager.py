@@ -99,7 +99,7 @@ def test_each_bad_call_has_its_error() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)), error
     m.take_copies()
     m.swap_out(seq, 1)
-    for call in (lambda: m.append_step([seq], [1]), lambda: m.fork(seq), lambda: m.swap_out(seq)):
+    for call in (lambda: m.append_step([seq], [1]), lambda: m.fork(seq), lambda: m.blocks(seq)):
         with pytest.raises(errors.SequenceSwapped):
             call()
 

@@ -213,7 +213,8 @@ class World:
             self.failures += 1
             return
         self.cache.swap_out(pairs)
-        self.swapped[handle] = self.seqs.pop(handle)
+        if handle in self.seqs:
+            self.swapped[handle] = self.seqs.pop(handle)
 
     def swap_in(self, handle: int) -> None:
         try:
@@ -352,7 +353,7 @@ class World:
                 lambda h=handle: self.manager.append_step([h], [1]),
                 lambda h=handle: self.manager.fork(h),
                 lambda h=handle: self.manager.truncate(h, 0),
-                lambda h=handle: self.manager.swap_out(h),
+                lambda h=handle: self.manager.pin(h),
             ]
         for handle, seq in self.seqs.items():
             calls += [
@@ -399,7 +400,7 @@ class World:
         elif kind < 0.85:
             self.bad_call()
         elif kind < 0.875:
-            self.swap_out(handle)
+            self.swap_out(self.random.choice([handle, *self.swapped]))
         else:
             self.forward()
 
