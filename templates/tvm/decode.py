@@ -11,17 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 from pagedgen.errors import Unsupported
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KInner
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
-
-if TYPE_CHECKING:
-    import sympy
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,7 @@ def token_inner(spec: KernelSpec) -> bool:
 
 
 def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
-    """Whether bf16 dot products compute this spec: q is bf16 (a wider q would lose bits) and vectors fill up."""
+    """Whether bf16 dot products compute this spec: q is bf16, since a wider q would lose bits, and vectors fill up."""
     if not LEVELS[target.arch].bf16_dot or spec.q_dtype is not DType.BF16:
         return False
     if spec.kv_dtype.is_fp8:
@@ -152,9 +147,8 @@ class TvmDecode(Family):
             ),
             Field("v_heads", heads, _nearest(heads, 4), "query heads of the register block of p @ V"),
             Field("v_vectors", (1, 2, 4, 8), 4, "vectors of head_dim of that block"),
-            Field(
-                "ahead", (0, 16, 32, 64, 128), 32, "tokens between a read and its prefetch; 0: no prefetching"
-            ),
+            Field("streams", (2, 4, 8), 4, "places of the tile from which rows of V are read in turn"),
+            Field("ahead", (0, 1, 2, 4), 1, "tiles between a read and its prefetch; 0: no prefetching"),
             Field("into", ("l1", "l2"), "l2", "the cache that is prefetched into"),
         )
 
@@ -184,9 +178,6 @@ class TvmDecode(Family):
                 "fp8 V is widened two at a time",
             ),
             Constraint(
-                "page", Or(Eq(s("ahead"), 0), Eq(Mod(s("ahead"), s("unit")), 0)), "whole units are prefetched"
-            ),
-            Constraint(
                 "one_off", Or(Le(1, s("ahead")), Eq(s("into_l1"), 0)), "without prefetching its level is moot"
             ),
         )
@@ -206,7 +197,7 @@ class TvmDecode(Family):
         rescale = (
             2 * s("group") * s("num_tokens") * s("num_kv_heads") * s("head_dim") / (s("lanes") * s("tile"))
         )
-        lookahead = Min(1, sympy.Rational(1, 2) + s("ahead") * s("row_bytes") / 16384)
+        lookahead = Min(1, sympy.Rational(1, 2) + s("ahead") * s("tile") * s("row_bytes") / 16384)
         return (
             Cost("bytes", "B", s("kv_bytes"), "K and V read once"),
             Cost(
@@ -267,6 +258,8 @@ class TvmDecode(Family):
             "v_chunk": 2 if fp8 else 1,
             "k_block": shape.k_vectors * shape.lanes,
             "ahead": schedule.int("ahead"),
+            "streams": schedule.int("streams"),
+            "token_inner": int(inner),
             "into_l1": int(schedule["into"] == "l1"),
             "registers": level.registers,
             "vector_bits": level.bits,
@@ -312,11 +305,12 @@ class TvmDecode(Family):
             "TILE": shape.tile,
             "U": shape.unit,
             "N": shape.tile // shape.unit,
-            "A": schedule.int("ahead") // shape.unit,
+            "A": schedule.int("ahead") * shape.tile // shape.unit,
             "KH": shape.k_heads,
             "KB": shape.k_vectors,
             "VH": shape.v_heads,
             "VB": shape.v_vectors,
+            "S": schedule.int("streams"),
             "W": min(shape.unit, lanes),
             "ROWS": rows,
             "STEP": step,
