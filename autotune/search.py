@@ -54,6 +54,7 @@ class Stop(StrEnum):
     BUDGET = "budget spent"
     TRIALS = "all trials done"
     EXHAUSTED = "whole space tried"
+    COMPILED = "enough candidates compiled"  # where nothing can be timed
 
 
 @dataclass(frozen=True, slots=True)

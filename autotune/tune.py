@@ -241,7 +241,7 @@ class _Run:
         self.known = tuple(self._known())
 
     def start(self, budget_s: float) -> None:
-        trials = min(self.plan.trials, len(self.space))
+        trials = min(self.plan.trials if self.present else self.plan.finalists, len(self.space))
         known = len(self.known)
         event = Started(self.spec, self.target.name, self.present, len(self.space), trials, known, budget_s)
         self.tell(event)
@@ -574,13 +574,16 @@ class _Run:
         """The model's favourites that really compile for the architecture, as predictions."""
         ranked = self._ranked()
         usable: list[Schedule] = []
-        stop = Stop.TRIALS
+        stop = Stop.COMPILED
         tried = 0
-        while len(usable) < self.plan.finalists and tried < min(self.plan.trials, len(ranked)):
+        while len(usable) < min(self.plan.finalists, len(ranked)):
+            if tried >= min(self.plan.trials, len(ranked)):
+                stop = Stop.TRIALS if tried < len(ranked) else Stop.EXHAUSTED
+                break
             if usable and time.monotonic() >= deadline:
                 stop = Stop.BUDGET
                 break
-            batch = ranked[tried : tried + self.plan.batch]
+            batch = ranked[tried : tried + self.plan.finalists - len(usable)]
             reasons: dict[Schedule, str] = {}
             usable += self._compile(batch, reasons)
             tried += len(batch)

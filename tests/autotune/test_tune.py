@@ -191,6 +191,7 @@ def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
     )
     assert all(r.stamp.device == r.stamp.driver == "none" for r in result.records)
     assert result.counts.timed == result.counts.passed == 0
+    assert result.stop is Stop.COMPILED and result.counts.compiled == 7  # six usable ones and one that spills
     assert [r.reason for r in result.counts.rejected] == ["spills 64 B a thread"]
     assert result.selection.status is Status.PREDICTED
 
