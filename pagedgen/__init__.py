@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pagedgen.errors import PagedgenError
     from pagedgen.runtime.attention import Attention, load
+    from pagedgen.runtime.block_manager import BlockManager
+    from pagedgen.runtime.kv_cache import KVCache, KVShape
+    from pagedgen.runtime.kv_layout import KVLayout
     from pagedgen.values.schedule import Schedule
     from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
     from pagedgen.values.target import Target
@@ -21,9 +24,13 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Attention": "pagedgen.runtime.attention",
+    "BlockManager": "pagedgen.runtime.block_manager",
     "DType": "pagedgen.values.spec",
     "KInner": "pagedgen.values.spec",
+    "KVCache": "pagedgen.runtime.kv_cache",
+    "KVLayout": "pagedgen.runtime.kv_layout",
     "KVScale": "pagedgen.values.spec",
+    "KVShape": "pagedgen.runtime.kv_cache",
     "KernelSpec": "pagedgen.values.spec",
     "Op": "pagedgen.values.spec",
     "PagedgenError": "pagedgen.errors",
@@ -35,9 +42,13 @@ _PLACES = {
 
 __all__ = [
     "Attention",
+    "BlockManager",
     "DType",
     "KInner",
+    "KVCache",
+    "KVLayout",
     "KVScale",
+    "KVShape",
     "KernelSpec",
     "Op",
     "PagedgenError",

@@ -129,7 +129,8 @@ class KVCache:
         )
         dtype = TORCH_DTYPES[shape.dtype]
         # Index and copy operations know no fp8: bytes are bytes.
-        self._writable = torch.uint8 if shape.dtype.is_fp8 else dtype
+        self.fp8_type = dtype if shape.dtype.is_fp8 else None
+        writable = torch.uint8 if shape.dtype.is_fp8 else dtype
         typed = self.storage.view(dtype)
         geometry = (shape.block_size, shape.num_kv_heads, shape.head_dim)
         layers = [shape.layout.views(layer, *geometry) for layer in typed]
@@ -137,13 +138,13 @@ class KVCache:
             k[:num_blocks] for k, _ in layers
         ]  # a layer: [num_blocks, block_size, num_kv_heads, head_dim]
         self.v = [v[:num_blocks] for _, v in layers]
-        raw = [shape.layout.views(layer, *geometry) for layer in self.storage.view(self._writable)]
+        raw = [shape.layout.views(layer, *geometry) for layer in self.storage.view(writable)]
         self._raw = raw  # with the spare block
         self.k_scale = self._scale("k_scale", k_scale)
         self.v_scale = self._scale("v_scale", v_scale)
         # Eight bytes at a time where the page allows it: a gather of single bytes is slow.
         wide = torch.int64 if shape.page_bytes % 8 == 0 else torch.uint8
-        self._blocks = self.storage.view(wide).flatten(0, 1)  # [layers * planes, num_blocks + 1, page]
+        self.blocks = self.storage.view(wide).flatten(0, 1)  # [layers * planes, num_blocks + 1, page]
         self._host_blocks = self.host.view(wide).flatten(1, 2)  # [num_host_blocks, layers * planes, page]
         self._side = torch.cuda.Stream(self.device) if pin else None  # type: ignore[no-untyped-call]
 
@@ -164,11 +165,12 @@ class KVCache:
             k, v: ``[num_tokens, num_kv_heads, head_dim]``, any float type.
             slots: int64 ``[num_tokens]``, block * block_size + offset, on the pool's device; -1: padding.
         """
-        # Slot -1 floors to block -1: the spare one, by Python's and torch's indexing alike.
-        blocks = torch.div(slots, self.shape.block_size, rounding_mode="floor")
-        offsets = slots - blocks * self.shape.block_size
         for pool, new, scale in zip(self._raw[layer], (k, v), (self.k_scale, self.v_scale), strict=True):
-            pool.index_put_((blocks, offsets), self._convert(new, None if scale is None else scale[layer]))
+            store(pool, new, slots, None if scale is None else scale[layer], self.fp8_type)
+
+    def raw(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer with the spare block, fp8 as bytes: what :func:`store` writes to."""
+        return self._raw[layer]
 
     def copy_blocks(self, pairs: I32) -> None:
         """Copy whole blocks, ``[n, 2]`` of (source, destination), in all layers at once.
@@ -177,7 +179,7 @@ class KVCache:
         """
         if pairs.size:
             index = self._index(pairs)
-            self._blocks.index_copy_(1, index[:, 1], self._blocks.index_select(1, index[:, 0]))
+            self.blocks.index_copy_(1, index[:, 1], self.blocks.index_select(1, index[:, 0]))
 
     def move_blocks(self, pairs: I32, batch: int | None = None) -> None:
         """As :meth:`copy_blocks`, in batches of bounded memory; for moves whose batches do not overlap."""
@@ -193,7 +195,7 @@ class KVCache:
         """
         for i in range(0, len(pairs), self._batch):
             part = pairs[i : i + self._batch]
-            gathered = self._blocks.index_select(1, self._index(part[:, 0])).transpose(0, 1).contiguous()
+            gathered = self.blocks.index_select(1, self._index(part[:, 0])).transpose(0, 1).contiguous()
             if self._side is None:
                 self._host_blocks[torch.from_numpy(part[:, 1].astype(np.int64))] = gathered
                 continue
@@ -214,7 +216,7 @@ class KVCache:
                 landed = self._host_blocks[torch.from_numpy(part[:, 0].astype(np.int64))]
             else:
                 shape = (len(part), *self._host_blocks.shape[1:])
-                landed = torch.empty(shape, dtype=self._blocks.dtype, device=self.device)
+                landed = torch.empty(shape, dtype=self.blocks.dtype, device=self.device)
                 self._side.wait_stream(torch.cuda.current_stream(self.device))
                 with torch.cuda.stream(self._side):  # behind swap-outs of the same host blocks
                     for first, last in runs(part[:, 0]):
@@ -223,7 +225,7 @@ class KVCache:
                         landed[first:last].copy_(host, non_blocking=True)
                 landed.record_stream(self._side)
                 torch.cuda.current_stream(self.device).wait_stream(self._side)
-            self._blocks.index_copy_(1, self._index(part[:, 1]), landed.transpose(0, 1))
+            self.blocks.index_copy_(1, self._index(part[:, 1]), landed.transpose(0, 1))
 
     @property
     def _batch(self) -> int:
@@ -248,13 +250,30 @@ class KVCache:
             raise InvalidPool(name, (tuple(scale.shape), scale.dtype), f"float32 {list(wanted)} is allowed")
         return scale.to(self.device)
 
-    def _convert(self, new: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        if scale is None:
-            return new.to(self._writable)
-        dtype = TORCH_DTYPES[self.shape.dtype]
-        most = torch.finfo(dtype).max
+
+def store(
+    pool: torch.Tensor,
+    new: torch.Tensor,
+    slots: torch.Tensor,
+    scale: torch.Tensor | None,
+    fp8_type: torch.dtype | None,
+) -> None:
+    """Write ``new`` ``[num_tokens, num_kv_heads, head_dim]`` to ``slots`` of one pool.
+
+    Args:
+        pool: ``[num_blocks + 1, block_size, num_kv_heads, head_dim]``, any strides; uint8 for fp8.
+        slots: int64 ``[num_tokens]``; -1 goes to the spare block at the pool's end.
+        scale: float32 ``[1]`` or ``[num_kv_heads]``, with ``fp8_type``; None without.
+    """
+    if fp8_type is None or scale is None:
+        new = new.to(pool.dtype)
+    else:
+        most = torch.finfo(fp8_type).max
         scaled = (new.float() / scale[:, None]).clamp(-most, most)  # saturate: the cast alone gives NaN
-        return scaled.to(dtype).view(torch.uint8)
+        new = scaled.to(fp8_type).view(torch.uint8)
+    # Slot -1 floors to block -1: the spare one, by Python's and torch's indexing alike.
+    blocks = torch.div(slots, pool.shape[1], rounding_mode="floor")
+    pool.index_put_((blocks, slots - blocks * pool.shape[1]), new)
 
 
 def runs(numbers: I32 | I64) -> list[tuple[int, int]]:

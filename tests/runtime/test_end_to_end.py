@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import pagedgen
 from pagedgen.errors import OutOfBlocks
 from pagedgen.runtime import torch_attention
 from pagedgen.runtime.block_manager import BlockManager
 from pagedgen.runtime.kv_cache import KVCache, KVShape
 from pagedgen.runtime.kv_layout import KVLayout
 from pagedgen.runtime.preemption import PreemptionRule, Remedy
-from pagedgen.values.spec import DType
+from pagedgen.values.spec import DType, KernelSpec
 
 transformers = pytest.importorskip("transformers")
 VOCABULARY, NEW = 97, 24
-BLOCK = 4
 
 
 class Engine:
     """The least serving loop around a transformers model: paged KV for attention, tokens in, logits out."""
 
-    def __init__(self, model: torch.nn.Module, num_blocks: int, layout: KVLayout, **options: object) -> None:
-        self.model, config = model, model.config
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        num_blocks: int,
+        layout: KVLayout,
+        block_size: int = 4,
+        attention: pagedgen.Attention | None = None,
+        **options: object,
+    ) -> None:
+        self.model, config, self.attention = model, model.config, attention
         host = int(options.get("num_host_blocks", 0))  # type: ignore[call-overload]
         self.manager = BlockManager(
-            num_blocks, BLOCK, max_num_seqs=16, max_seq_len=128, watermark=0.0, **options  # type: ignore[arg-type]
+            num_blocks, block_size, max_num_seqs=16, max_seq_len=128, watermark=0.0, **options  # type: ignore[arg-type]
         )  # fmt: skip
         shape = KVShape(
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
-            BLOCK,
+            block_size,
             DType.F32,
             layout=layout,
         )
@@ -59,6 +68,12 @@ class Engine:
         ) -> tuple[torch.Tensor, None]:  # fmt: skip
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             cache.write_kv(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), everything)
+            if self.attention is not None and max(news) == 1:
+                q, seq_lens = query[0].transpose(0, 1).contiguous(), torch.tensor(lens, dtype=torch.int32)
+                out = self.attention.decode(
+                    q, cache.k[layer], cache.v[layer], table, seq_lens, softmax_scale=scaling
+                )
+                return out[None], None
             out = torch_attention.extend(
                 query[0].transpose(0, 1),
                 cache.k[layer],
@@ -110,17 +125,31 @@ class Engine:
         return tokens
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[torch.nn.Module]:
+def llama(**sizes: int) -> torch.nn.Module:
+    """A small Llama whose random weights are large enough that its tokens vary."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, initializer_range=0.25,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        initializer_range=0.25, **sizes,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    model.generation_config.eos_token_id = None
-    yield model
+    model: torch.nn.Module = transformers.LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return llama(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 
 
 @pytest.fixture
@@ -306,3 +335,19 @@ def test_a_mixed_batch(model: torch.nn.Module, engine: Callable[..., Engine]) ->
     one, two = serving.forward([(a, [token]), (b.seq, second[b.num_cached :])])
     assert int(one[-1].argmax()) == generate(model, first)[0][1]
     assert int(two[-1].argmax()) == generate(model, second)[0][0]
+
+
+def test_decode_with_a_packs_kernel(cpu_pack: Path, make_spec: Callable[..., KernelSpec]) -> None:
+    """Prefill in torch, decode by the CPU kernel of a pack, sequences of different lengths at once."""
+    model = llama(num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    attention = pagedgen.load(cpu_pack)
+    assert make_spec(64, (8, 2), 16, "f32") in attention.specs
+    serving = Engine(model, 40, KVLayout.NHD, 16, attention)
+    many = prompts(3, 14)
+    admitted = [serving.admit(prompt) for prompt in many]
+    rows = [[int(logits.argmax())] for _, logits in admitted]
+    while len(rows[0]) < NEW:
+        logits = serving.decode([seq for seq, _ in admitted], [row[-1] for row in rows])
+        for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            row.append(token)
+    assert rows == [generate(model, prompt)[0] for prompt in many]

@@ -1,0 +1,163 @@
+"""torch custom operators of the runtime, so that ``torch.compile(fullgraph=True)`` goes through them.
+
+``pagedgen::decode``, ``pagedgen::write_kv`` and ``pagedgen::copy_blocks`` have fake implementations (shapes
+without data) and declare what they write to. None of them synchronises, so captured CUDA graphs replay them.
+
+    decode = ops.bind(pagedgen.load(pack))          # once
+    out = decode(q, k, v, block_table, seq_lens)    # inside a compiled function
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+
+from pagedgen.errors import ArgumentError
+from pagedgen.runtime.attention import Attention
+from pagedgen.runtime.kv_cache import KVCache, store
+
+
+class Decode(Protocol):
+    """Decode attention as an operator; the arguments are those of :meth:`Attention.decode`."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+    ) -> torch.Tensor: ...
+
+
+# Operators take tensors and numbers only, so a pack goes by its number; it lives while somebody holds it.
+_numbers = itertools.count()
+_attentions: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionary()
+
+
+def bind(attention: Attention) -> Decode:
+    """The decode operator of one pack, without LSE; it keeps the pack loaded."""
+    number = next(_numbers)
+    _attentions[number] = attention
+
+    def decode(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+    ) -> torch.Tensor:
+        out: torch.Tensor = _decode(
+            number, q, k, v, block_table, seq_lens, softmax_scale, k_scale, v_scale, max_seq_len
+        )
+        return out
+
+    decode.attention = attention  # type: ignore[attr-defined]
+    return decode
+
+
+@torch.library.custom_op("pagedgen::decode", mutates_args=())
+def _decode(
+    pack: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    max_seq_len: int | None,
+) -> torch.Tensor:
+    attention = _attentions.get(pack)
+    if attention is None:
+        raise ArgumentError(
+            f"pack = {pack}: the operator that bind() returned for it is gone, and the pack with it"
+        )
+    # Rows of length 0 are not written by kernels; an operator's result has no bytes of old memory.
+    out = torch.zeros_like(q)
+    attention.decode(
+        q, k, v, block_table, seq_lens, out=out, softmax_scale=softmax_scale,
+        k_scale=k_scale, v_scale=v_scale, max_seq_len=max_seq_len,
+    )  # fmt: skip
+    return out
+
+
+@_decode.register_fake
+def _(
+    pack: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    max_seq_len: int | None,
+) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+def write_kv(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+    """:meth:`KVCache.write_kv` as an operator."""
+    raw_k, raw_v = cache.raw(layer)
+    k_scale = None if cache.k_scale is None else cache.k_scale[layer]
+    v_scale = None if cache.v_scale is None else cache.v_scale[layer]
+    _write_kv(raw_k, raw_v, k, v, slots, k_scale, v_scale, cache.fp8_type)
+
+
+@torch.library.custom_op("pagedgen::write_kv", mutates_args=("pool_k", "pool_v"))
+def _write_kv(
+    pool_k: torch.Tensor,
+    pool_v: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    fp8_type: torch.dtype | None,
+) -> None:
+    store(pool_k, k, slots, k_scale, fp8_type)
+    store(pool_v, v, slots, v_scale, fp8_type)
+
+
+@_write_kv.register_fake
+def _(
+    pool_k: torch.Tensor,
+    pool_v: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    fp8_type: torch.dtype | None,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("pagedgen::copy_blocks", mutates_args=("blocks",))
+def copy_blocks(blocks: torch.Tensor, pairs: torch.Tensor) -> None:
+    """Copy blocks ``[planes, num_blocks, page]`` by int64 ``pairs`` ``[n, 2]`` of (source, destination).
+
+    All sources are read before anything is written. :attr:`KVCache.blocks` is the tensor to give.
+    """
+    blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
+
+
+@copy_blocks.register_fake
+def _(blocks: torch.Tensor, pairs: torch.Tensor) -> None:
+    return None
