@@ -7,16 +7,14 @@ lengths cost at equal bytes. The ceiling beside every round is reading random bl
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
 
 import torch
 
 from pagedgen.autotune.roofline_cpu import random_reader
-from pagedgen.autotune.suites import Note
+from pagedgen.autotune.suites import Note, peers_cpu
 from pagedgen.autotune.suites.contest import Contender, contest, ours
 from pagedgen.autotune.suites.report import Case, Report
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
@@ -45,20 +43,9 @@ def ceiling(spec: KernelSpec) -> Callable[[], float]:
     return reader.best_gbs
 
 
-class Peers(Protocol):
-    """What ``peers_cpu`` provides."""
-
-    def peers(self, spec: KernelSpec, workload: Workload) -> Sequence[Contender]:
-        """Those that are installed and can do the case, checked against the reference."""
-
-    def missing(self) -> Sequence[str]:
-        """A note for each that is not installed."""
-
-
 def run(note: Note) -> Report:
     """All cases, on all cores this process may use."""
     cpu = target("cpu")
-    peers_cpu = cast(Peers, import_module("pagedgen.autotune.suites.peers_cpu"))  # brings torch and vLLM in
     cases = []
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as name:
         folder = Path(name)
