@@ -76,27 +76,32 @@ class Part:
         return "row_ok[:, None]" if self.full else f"row_ok[:, None] & col{self.load}_ok[None, :]"
 
 
-def loads_of(spec: KernelSpec) -> tuple[Load, ...]:
-    """Cover head_dim by power-of-two loads without reading the next power of two.
+def loads_of(spec: KernelSpec, num_warps: int) -> tuple[Load, ...]:
+    """Cover head_dim by power-of-two loads; columns that are padding are masked and cost no memory traffic.
 
-    80 halves are 64 + 16, not 128. Where the padded rest is as wide as the first piece, one masked load
-    costs the same and is simpler.
+    80 halves are 64 + 32, not 128. Where the padded rest is as wide as the first piece, one masked load costs
+    the same and is simpler. With several warps, no piece is as narrow as the tile has rows: Triton spreads
+    warps over the longer side of a product, and 16 rows on 4 warps would repeat the whole tile in each of
+    them (counted: 4 x the HMMAs).
     """
     columns = spec.head_dim // 2 if spec.kv_dtype.is_fp8 else spec.head_dim
+    narrowest = 2 * block_h(spec) if block_h(spec) < 64 and num_warps > 1 else 16
+    if columns <= narrowest:
+        return (Load(0, narrowest, columns),)
     first = 1 << (columns.bit_length() - 1)
     rest = columns - first
     if not rest:
         return (Load(0, first, first),)
-    padded = max(16, next_power_of_two(rest))
+    padded = max(narrowest, next_power_of_two(rest))
     if padded >= first:
         return (Load(0, 2 * first, columns),)
     return (Load(0, first, first), Load(first, padded, rest))
 
 
-def parts_of(spec: KernelSpec) -> tuple[Part, ...]:
+def parts_of(spec: KernelSpec, num_warps: int) -> tuple[Part, ...]:
     """The matrix-product operands of the loads, in accumulation order."""
     parts = []
-    for i, load in enumerate(loads_of(spec)):
+    for i, load in enumerate(loads_of(spec, num_warps)):
         if spec.kv_dtype.is_fp8:
             parts.append(Part(f"{i}_even", i, load.width, load.full, f"2 * col{i}"))
             parts.append(Part(f"{i}_odd", i, load.width, load.full, f"2 * col{i} + 1"))
@@ -138,7 +143,7 @@ class TritonDecode(Family):
             Field("tile", (16, 32, 64, 128, 256), 64, "tokens worked on at a time"),
             Field("num_warps", (1, 2, 4, 8), 4, "warps of a program"),
             Field("num_stages", (2, 3, 4, 5), 3, "depth of the load pipeline"),
-            Field("waves", (1, 2, 3, 4, 6, 8), 4, "pieces aimed at for each SM"),
+            Field("waves", (1, 2, 3, 4, 6, 8, 12, 16), 4, "pieces aimed at for each SM"),
             Field("ids", ("gather", "page", "scalar"), self._ids(spec, 64), "how block ids are loaded"),
             Field("prefetch_ids", (0, 1), 1, "load block ids one tile ahead of K and V"),
             Field("seq_lanes", (32, 128, 1024), 128, "sequences whose lengths are scanned at a time"),
@@ -273,7 +278,7 @@ class TritonDecode(Family):
         """
         tile, warps, stages = schedule.int("tile"), schedule.int("num_warps"), schedule.int("num_stages")
         prefetch, ids, lanes = schedule.int("prefetch_ids"), str(schedule["ids"]), schedule.int("seq_lanes")
-        width = sum(load.width for load in loads_of(spec)) * (2 if spec.kv_dtype.is_fp8 else 1)
+        width = sum(load.width for load in loads_of(spec, warps)) * (2 if spec.kv_dtype.is_fp8 else 1)
         tile_bytes = 2 * tile * width * spec.kv_dtype.size
         programs = spec.num_kv_heads * head_blocks(spec)
         partitions = max(1, cdiv(target.num_sms * schedule.int("waves"), programs))
@@ -335,7 +340,7 @@ class TritonDecode(Family):
     ) -> Mapping[str, object]:
         """Literals for the Jinja source."""
         is_fp8 = spec.kv_dtype.is_fp8
-        parts = parts_of(spec)
+        parts = parts_of(spec, schedule.int("num_warps"))
         decode = str(schedule["fp8_decode"])
         row_scaled = is_fp8 and spec.q_dtype is DType.BF16
         tile = schedule.int("tile")
@@ -367,7 +372,7 @@ class TritonDecode(Family):
             "merge_pieces_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
             "merge_lse_pieces": 32,
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
-            "loads": loads_of(spec),
+            "loads": loads_of(spec, schedule.int("num_warps")),
             "parts": parts,
             "tile": tile,
             "num_stages": schedule.int("num_stages"),

@@ -11,7 +11,7 @@ from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule
 from pagedgen.compiler.triton import alignment_of, compile_triton, signature_of
 from pagedgen.errors import Unsupported
-from pagedgen.templates.triton.decode import kv_align, loads_of, parts_of
+from pagedgen.templates.triton.decode import block_h, kv_align, loads_of, parts_of
 from pagedgen.values.schedule import Schedule
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -69,15 +69,20 @@ def test_source_has_no_unused_names_and_no_blank_runs(name):
 
 @pytest.mark.parametrize("head_dim", range(32, 257, 8))
 @pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
-def test_loads_cover_head_dim_without_the_next_power_of_two(make_spec, head_dim, kv):
+@pytest.mark.parametrize("warps", [1, 4])
+def test_loads_cover_head_dim_without_the_next_power_of_two(make_spec, head_dim, kv, warps):
     spec = make_spec(head_dim=head_dim, kv=kv)
-    loads = loads_of(spec)
+    loads = loads_of(spec, warps)
     columns = head_dim // 2 if spec.kv_dtype.is_fp8 else head_dim
     assert sum(load.valid for load in loads) == columns
     assert [load.base for load in loads] == [0, *(loads[0].valid for _ in loads[1:])]
     assert all(load.width >= 16 and load.width & (load.width - 1) == 0 for load in loads)
-    assert len({part.name for part in parts_of(spec)}) == len(parts_of(spec))
-    if head_dim in (80, 96):
+    parts = parts_of(spec, warps)
+    assert len({part.name for part in parts}) == len(parts)
+    assert warps == 1 or all(
+        load.width > block_h(spec) for load in loads
+    )  # or warps repeat each other's products
+    if kv == "f16" and head_dim in (72, 80, 96, 160, 192):
         assert sum(load.width for load in loads) < 1 << (columns - 1).bit_length()
 
 
