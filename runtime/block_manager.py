@@ -20,16 +20,15 @@ from pagedgen.errors import (
     SequenceTooLong,
     UnknownPin,
 )
-from pagedgen.runtime.arrays import EMPTY, I32, I64, U64, Bool
+from pagedgen.runtime.arrays import EMPTY, I32, I64, Bool
 from pagedgen.runtime.block_pool import PRIORITIES, BlockPool
 from pagedgen.runtime.fingerprint import ExtraKey, Salt, check_extra, check_salt, token_array
 from pagedgen.runtime.layer_group import LayerGroup
-from pagedgen.runtime.prefix_cache import PrefixCache, PrefixMatch, Proof
+from pagedgen.runtime.prefix_cache import PrefixCache, PrefixMatch
+from pagedgen.runtime.sequence_prefixes import SequencePrefixes
 from pagedgen.runtime.sequence_table import SequenceTable
 from pagedgen.runtime.stats import Counters, Stats
 from pagedgen.runtime.swap_space import SwappedBlocks, SwapSpace
-
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +55,6 @@ class Step:
     rows: I64
     positions: I32
     slots: I64
-
-
-@dataclass(slots=True)
-class Request:
-    """What a sequence was admitted with."""
-
-    root: tuple[int, int]
-    extra: tuple[ExtraKey, ...]
-    priority: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +135,12 @@ class BlockManager:
         self.max_blocks = -(-(max_seq_len + lookahead) // block_size)
         self.groups = [LayerGroup(max_num_seqs, self.max_blocks, window) for window in windows]
         self.cache: PrefixCache | None = None
+        self.prefixes: SequencePrefixes | None = None
         if prefix_caching:
             self.cache = PrefixCache(
                 num_blocks, block_size, max_seq_len, windows, match_unit, verify_tokens, secret
             )
+            self.prefixes = SequencePrefixes(self.cache, self.groups, max_num_seqs)
         self.watermark_blocks = int(watermark * num_blocks)
         rows = max_num_seqs
         self.seq_lens: I32 = np.zeros(rows, np.int32)
@@ -156,25 +148,10 @@ class BlockManager:
         # The last block may be shared or in the cache: look before writing into it.
         self._check_tail: Bool = np.zeros(rows, np.bool_)
         self._num_check_tail = 0  # an upper bound on how many rows are marked so
-        # Fingerprints of all of a sequence and of its full blocks, in two lanes.
-        self._sum_a: U64 = np.zeros(rows, np.uint64)
-        self._sum_b: U64 = np.zeros(rows, np.uint64)
-        self._base_a: U64 = np.zeros(rows, np.uint64)
-        self._base_b: U64 = np.zeros(rows, np.uint64)
-        self._base_identity: I64 = np.zeros(rows, np.int64)  # of the full blocks, when tokens are verified
-        # Tokens of the last block and the one before; those from position _recent_from[row] are there.
-        self._recent: I32 = np.zeros((rows, 2, block_size), np.int32)
-        self._recent_blocks = self._recent.reshape(2 * rows, block_size)
-        self._recent_flat = self._recent.reshape(-1)
-        self._recent_from: I32 = np.zeros(rows, np.int32)
-        # Rows whose fingerprint was lost by cutting far back into a block: they enter nothing in the cache.
-        self._unhashed: set[int] = set()
         # The step that last gave slots to new tokens of a row; KV of the present step is not written yet.
         self._step = 1
         self._step_of: I64 = np.zeros(rows, np.int64)
-        # Rows that have extra content at or behind their end: chunked prefill, or a cut.
-        self._extra_ahead: set[int] = set()
-        self._requests: dict[int, Request] = {}
+        self._priority = np.zeros(rows, np.uint8)
         self._copies: dict[int, int] = {}  # destination block -> source block, for the next take_copies
         self._pins: dict[int, I32] = {}
         self._next_pin = 0
@@ -255,7 +232,7 @@ class BlockManager:
             self.counters.refused += 1
             raise shortage
         seq, row = self.seqs.add()
-        self._requests[row] = Request(match.root, match.extra, priority)
+        self._priority[row] = priority
         self._any_priority |= priority > 0
         for group, found, first in zip(self.groups, match.found, match.firsts, strict=True):
             hits = found[first : match.num_blocks]
@@ -272,24 +249,10 @@ class BlockManager:
             self._add_copies(
                 np.array([g.table[row, match.num_blocks] for g in self.groups], np.int32), sources
             )
-        first_block = match.num_blocks
-        self._recent_from[row] = 0
-        if self.cache is not None:
-            self._base_a[row], self._base_b[row] = match.root
-            if first_block:
-                last = first_block * self.block_size - 1
-                self._base_a[row], self._base_b[row] = match.sums[0][last], match.sums[1][last]
-            if self.cache.exact is not None:
-                exact = self.cache.exact
-                held = [int(found[first_block - 1]) for found in match.found if first_block]
-                self._base_identity[row] = exact.identity(max(held)) if held else exact.root(match.root)
-            # Found behind the first gap: a block of the same content may be there, so it is looked for.
-            fresh = not any((found[first_block:] >= 0).any() for found in match.found)
-            self._enter(row, first_block, end, match.tokens, 0, match.sums, 0, fresh)
+        if self.prefixes is not None:
+            self.prefixes.admit(row, match, end)
         self._step_of[row] = self._step
-        self._remember(row, match.tokens[:end], 0, end)
         self.seq_lens[row] = end
-        self._look_for_extra(row)
         self._set_tail(row)
         self.counters.admitted += 1
         self.counters.prompt_tokens += match.tokens.size
@@ -321,19 +284,12 @@ class BlockManager:
             raise OutOfBlocks(needed, self.pool.num_free)
         self._own_tails(writes)
         self._grow(row, end)
-        first = start // self.block_size
-        buffer = np.concatenate((self._recent[row, first & 1, : start % self.block_size], new))
-        if self.cache is not None:
-            a, b = self.cache.fingerprinter.terms(new, start, self._requests[row].extra)
-            a[:1] += self._sum_a[row : row + 1]
-            b[:1] += self._sum_b[row : row + 1]
-            self._enter(row, first, end, buffer, first * self.block_size, (a.cumsum(), b.cumsum()), start)
+        if self.prefixes is not None:
+            self.prefixes.extend(row, start, new)
         if self._windowed:
             self._release_windows(rows, np.array([start], np.int32))
         self._step_of[row] = self._step
-        self._remember(row, buffer, first * self.block_size, end)
         self.seq_lens[row] = end
-        self._look_for_extra(row)
         self._set_tail(row)
         self.counters.appended_tokens += new.size
 
@@ -381,23 +337,8 @@ class BlockManager:
         for group, out in zip(self.groups, slots, strict=True):
             np.multiply(group.tails.take(rows), size, out=out, dtype=np.int64)
             out += offsets
-        if self.cache is not None:
-            self._recent_flat[rows * (2 * size) + positions % (2 * size)] = new
-            x = np.add(new, 1, dtype=np.uint64, casting="unsafe")  # ids are never negative
-            keys = self.cache.fingerprinter.keys
-            a = keys[0].take(positions)
-            a *= x
-            a += self._sum_a.take(rows)
-            b = keys[1].take(positions)
-            b *= x
-            b += self._sum_b.take(rows)
-            if self._extra_ahead:
-                self._add_extra(rows, positions, a, b)
-            self._sum_a[rows] = a
-            self._sum_b[rows] = b
-            full = (offsets == size - 1).nonzero()[0]
-            if full.size:
-                self._enter_full(rows.take(full), a.take(full), b.take(full), columns.take(full))
+        if self.prefixes is not None:
+            self.prefixes.append(rows, positions, columns, offsets, new)
         self.seq_lens[rows] = positions + 1
         if self._windowed:
             self._release_windows(rows, positions)
@@ -438,9 +379,8 @@ class BlockManager:
         """
         row = self.seqs.row(seq, freed=FreedTwice)
         length = int(self.seq_lens[row])
-        fill = length % self.block_size
-        if fill and self.cache is not None:
-            self._enter_tail(row, fill)
+        if length % self.block_size and self.prefixes is not None and self._tail_is_its_own(row):
+            self.prefixes.end(row, length)
         count = int(self._capacity[row]) // self.block_size
         swapped = self.swap.records.pop(row, None)
         for index, group in enumerate(self.groups):
@@ -455,9 +395,8 @@ class BlockManager:
             self._forget_uncomputed(row, blocks)
             self._release(blocks[::-1])
         self._clear_tail_check(row)
-        self._unhashed.discard(row)
-        self._extra_ahead.discard(row)
-        del self._requests[row]
+        if self.prefixes is not None:
+            self.prefixes.drop(row)
         self.seq_lens[row] = 0
         self._capacity[row] = 0
         self.counters.freed += 1
@@ -482,23 +421,17 @@ class BlockManager:
         for _, _, blocks in spans:
             self.pool.share(blocks, n)
         children = []
-        state = (
-            self.seq_lens, self._sum_a, self._sum_b, self._base_a, self._base_b, self._base_identity,
-            self._recent, self._recent_from, self._step_of,
-        )  # fmt: skip
         for _ in range(n):
             child, at = self.seqs.add()
-            for array in state:
+            for array in (self.seq_lens, self._step_of, self._priority):
                 array[at] = array[row]
+            if self.prefixes is not None:
+                self.prefixes.fork(row, at)
             for group, first, blocks in spans:
                 group.set_row(at, first, blocks)
                 group.starts[at] = first
                 group.tails[at] = group.tails[row]
             self._capacity[at] = count * self.block_size
-            self._requests[at] = self._requests[row]
-            for marked in (self._unhashed, self._extra_ahead):
-                if row in marked:
-                    marked.add(at)
             children.append(child)
             if length % self.block_size:
                 self._mark_tail_check(at)
@@ -529,8 +462,8 @@ class BlockManager:
                     raise InvalidLength("length", length, allowed)
         if length == now:
             return
-        if self.cache is not None:
-            self._rewind(row, now, length)
+        if self.prefixes is not None:
+            self.prefixes.rewind(row, now, length)
         have = int(self._capacity[row]) // self.block_size
         keep = min(have, -(-length // self.block_size))
         for group in self.groups:
@@ -539,7 +472,6 @@ class BlockManager:
             self._release(group.table[row, max(first, keep) : have][::-1])
         self._capacity[row] = keep * self.block_size
         self.seq_lens[row] = length
-        self._look_for_extra(row)
         self._set_tail(row)
         if length % self.block_size:
             self._mark_tail_check(row)
@@ -624,7 +556,7 @@ class BlockManager:
             blocks = record.device.copy()
             fresh = self._take(int((~kept).sum()))
             blocks[~kept] = fresh
-            self.pool.priority[fresh] = self._requests[row].priority
+            self.pool.priority[fresh] = int(self._priority[row])
             group.set(at, record.columns, blocks)
             pairs.append(np.stack((record.host, blocks), axis=1)[~kept])
             self.swap.give(record.host)
@@ -705,7 +637,8 @@ class BlockManager:
             for group, record in zip(self.groups, records, strict=True):
                 logical += int(self._capacity[row]) // size - int(group.starts[row]) - record.columns.size
         host = self.seqs.nbytes + self.pool.nbytes + (self.cache.nbytes if self.cache else 0)
-        host += sum(a.nbytes for g in self.groups for a in (g.tails, g.starts)) + self._recent.nbytes
+        host += sum(a.nbytes for g in self.groups for a in (g.tails, g.starts))
+        host += sum(a.nbytes for a in self.prefixes.arrays) if self.prefixes else 0
         host += 4 * logical  # of the block tables only what is in use is ever touched
         return Stats(
             num_blocks=self.pool.num_blocks,
@@ -842,7 +775,7 @@ class BlockManager:
         if n <= 0:
             return
         blocks = self._take(n * len(self.groups))
-        priority = self._requests[row].priority
+        priority = int(self._priority[row])
         if priority:
             self.pool.priority[blocks] = priority
         for i, group in enumerate(self.groups):
@@ -866,12 +799,20 @@ class BlockManager:
             part = blocks[i * n : (i + 1) * n]
             group.set(rows, columns, part)
             if self._any_priority:
-                self.pool.priority[part] = [self._requests[row].priority for row in rows.tolist()]
+                self.pool.priority[part] = self._priority.take(rows)
 
     def _set_tail(self, row: int) -> None:
         last = max(0, int(self.seq_lens[row]) - 1) // self.block_size
         for group in self.groups:
             group.tails[row] = group.table[row, last]
+
+    def _tail_is_its_own(self, row: int) -> bool:
+        """Whether a row's last block is computed, on the device, nobody else's and in no cache yet."""
+        if self.seqs.is_suspended(row) or self._step_of[row] == self._step:
+            return False
+        tails = np.array([group.tails[row] for group in self.groups], np.int32)
+        cached = self.cache is not None and bool(self.cache.holds(tails).any())
+        return not cached and bool((self.pool.refs.take(tails) == 1).all())
 
     def _own_columns(self, row: int, index: int) -> I64:
         group = self.groups[index]
@@ -975,166 +916,6 @@ class BlockManager:
                 self._release(np.array([source], np.int32))
             else:
                 self._copies[block] = source
-
-    # Prefix cache
-
-    def _enter(
-        self,
-        row: int,
-        first: int,
-        end: int,
-        buffer: I32,
-        buffer_start: int,
-        sums: tuple[U64, U64],
-        origin: int,
-        fresh: bool = False,
-    ) -> None:
-        """Register the blocks from ``first`` that a sequence of ``end`` tokens fills.
-
-        ``buffer`` holds tokens from position ``buffer_start``, ``sums`` fingerprints from ``origin``.
-        """
-        assert self.cache is not None
-        size = self.block_size
-        self._sum_a[row], self._sum_b[row] = sums[0][end - 1 - origin], sums[1][end - 1 - origin]
-        last = end // size
-        if last == first or row in self._unhashed:
-            return
-        ends = slice((first + 1) * size - 1 - origin, last * size - origin, size)
-        a, b = sums[0][ends], sums[1][ends]
-        parents = (
-            np.concatenate((self._base_a[row : row + 1], a[:-1])),
-            np.concatenate((self._base_b[row : row + 1], b[:-1])),
-        )
-        tokens = buffer[first * size - buffer_start : last * size - buffer_start].reshape(-1, size)
-        proof = None
-        if self.cache.exact is not None:
-            marks = self.cache.exact.marks(first * size, last - first, self._requests[row].extra)
-            proof = Proof(self._base_identity[row : row + 1], marks, chain=True)
-        blocks = [group.table[row, first:last] for group in self.groups]
-        identities = self.cache.register(blocks, (a, b), parents, tokens, size, fresh=fresh, proof=proof)
-        if identities is not None:
-            self._base_identity[row] = identities[-1]
-        self._base_a[row], self._base_b[row] = a[-1], b[-1]
-
-    def _enter_full(self, rows: I64, a: U64, b: U64, columns: I32) -> None:
-        """Register the last blocks of rows that one appended token has filled."""
-        assert self.cache is not None
-        if self._unhashed:
-            keep = np.array([row not in self._unhashed for row in rows.tolist()], np.bool_)
-            rows, a, b, columns = rows[keep], a[keep], b[keep], columns[keep]
-            if not rows.size:
-                return
-        tokens = self._recent_blocks.take(rows * 2 + (columns & 1), axis=0)
-        blocks = [group.tails.take(rows) for group in self.groups]
-        parents = self._base_a.take(rows), self._base_b.take(rows)
-        proof = self._proof(rows) if self.cache.exact is not None else None
-        identities = self.cache.register(blocks, (a, b), parents, tokens, self.block_size, proof=proof)
-        if identities is not None:
-            self._base_identity[rows] = identities
-        self._base_a[rows] = a
-        self._base_b[rows] = b
-
-    def _enter_tail(self, row: int, fill: int) -> None:
-        """Register the partly full last block of a sequence that ends, if nobody else has it."""
-        assert self.cache is not None
-        blocks = [group.tails[row : row + 1] for group in self.groups]
-        for block in blocks:
-            if self.pool.refs[block[0]] != 1 or self.cache.holds(block)[0] or int(block[0]) in self._copies:
-                return
-        if row in self._unhashed or self.seqs.is_suspended(row) or self._step_of[row] == self._step:
-            return
-        at = np.array([row], np.int64)
-        half = (int(self.seq_lens[row]) - 1) // self.block_size & 1
-        tokens = self._recent[row, half : half + 1].copy()
-        tokens[:, fill:] = -1  # what was cut off is no content
-        sums = self._sum_a.take(at), self._sum_b.take(at)
-        parents = self._base_a.take(at), self._base_b.take(at)
-        proof = self._proof(at) if self.cache.exact is not None else None
-        self.cache.register(blocks, sums, parents, tokens, fill, proof=proof)
-
-    def _proof(self, rows: I64) -> Proof:
-        """Links and marks of the last block of each row."""
-        assert self.cache is not None and self.cache.exact is not None
-        marks = np.zeros(rows.size, np.int64)
-        for i, row in enumerate(rows.tolist()):
-            extra = self._requests[row].extra
-            if extra:
-                start = int(self.seq_lens[row]) // self.block_size * self.block_size
-                marks[i] = self.cache.exact.marks(start, 1, extra)[0]
-        return Proof(self._base_identity.take(rows), marks)
-
-    def _remember(self, row: int, buffer: I32, buffer_start: int, end: int) -> None:
-        """Keep the tokens of the last two blocks; ``buffer`` holds tokens from ``buffer_start``."""
-        size = self.block_size
-        last = (end - 1) // size
-        for block in (last - 1, last):
-            begin = block * size - buffer_start
-            if begin >= 0:
-                part = buffer[begin : min(begin + size, end - buffer_start)]
-                self._recent[row, block & 1, : part.size] = part
-
-    def _look_for_extra(self, row: int) -> None:
-        if any(item.position >= self.seq_lens[row] for item in self._requests[row].extra):
-            self._extra_ahead.add(row)
-        else:
-            self._extra_ahead.discard(row)
-
-    def _add_extra(self, rows: I64, positions: I32, a: U64, b: U64) -> None:
-        """Add to the lanes what extra content adds at ``positions``."""
-        assert self.cache is not None
-        for i, row in enumerate(rows.tolist()):
-            if row in self._extra_ahead:
-                more = self.cache.fingerprinter.extra_terms(1, int(positions[i]), self._requests[row].extra)
-                a[i : i + 1] += more[0]
-                b[i : i + 1] += more[1]
-
-    def _rewind(self, row: int, now: int, length: int) -> None:
-        """Take the fingerprint of a sequence back from ``now`` to ``length`` tokens."""
-        assert self.cache is not None
-        size = self.block_size
-        request = self._requests[row]
-        begin = length // size * size
-        # Since the last cut, positions only went up: what lies in front of the block before the last is gone.
-        self._recent_from[row] = max(int(self._recent_from[row]), ((now - 1) // size - 1) * size)
-        if length == 0:
-            self._sum_a[row], self._sum_b[row] = request.root
-            self._unhashed.discard(row)
-            self._recent_from[row] = 0
-        elif row in self._unhashed:
-            return
-        elif begin >= self._recent_from[row]:
-            # Sums are taken back term by term, to the block's start for the base, then forward to length.
-            tokens = self._recent_tokens(row, begin, now)
-            a, b = self.cache.fingerprinter.terms(tokens, begin, request.extra)
-            kept = length - begin
-            if begin // size != now // size:
-                self._base_a[row] = (int(self._sum_a[row]) - int(a.sum())) & _MASK
-                self._base_b[row] = (int(self._sum_b[row]) - int(b.sum())) & _MASK
-            self._sum_a[row] = (int(self._sum_a[row]) - int(a[kept:].sum())) & _MASK
-            self._sum_b[row] = (int(self._sum_b[row]) - int(b[kept:].sum())) & _MASK
-        else:
-            self._unhashed.add(row)
-            return
-        if length % size == 0:
-            self._base_a[row], self._base_b[row] = self._sum_a[row], self._sum_b[row]
-        if self.cache.exact is not None and begin // size != now // size:
-            if begin == 0:
-                self._base_identity[row] = self.cache.exact.root(request.root)
-            else:
-                column = begin // size - 1
-                held = [g.table[row, column] for g in self.groups if g.starts[row] <= column]
-                if not held:
-                    self._unhashed.add(row)
-                    return
-                self._base_identity[row] = self.cache.exact.identity(int(held[0]))
-
-    def _recent_tokens(self, row: int, start: int, stop: int) -> I32:
-        size = self.block_size
-        parts = []
-        for block in range(start // size, -(-stop // size)):
-            part = self._recent[row, block & 1]
-            parts.append(part[max(0, start - block * size) : min(size, stop - block * size)])
-        return np.concatenate(parts)
 
     # Sliding windows
 

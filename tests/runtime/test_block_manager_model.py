@@ -408,8 +408,9 @@ class World:
 def state(manager: BlockManager) -> list[bytes]:
     """Everything that a call could change."""
     pool, seqs = manager.pool, manager.seqs
-    arrays = [pool.refs, pool.priority, pool._places, manager.seq_lens, manager._capacity, manager._sum_a]
-    arrays += [manager._sum_b, manager._base_a, manager._recent, manager._check_tail, seqs._live, seqs._ready]
+    arrays = [pool.refs, pool.priority, pool._places, manager.seq_lens, manager._capacity]
+    arrays += [manager._check_tail, seqs._live, seqs._ready]
+    arrays += manager.prefixes.arrays if manager.prefixes else ()
     for group in manager.groups:
         arrays += [group.table, group.tails, group.starts]
     if manager.cache:
