@@ -1,4 +1,4 @@
-"""The KV cache and the block table's mirror on a real GPU: overlapped swaps, captured writes, changed entries."""
+"""KV cache and block-table mirror on a real GPU: overlapped swaps, captured writes, changed entries only."""
 
 from __future__ import annotations
 
