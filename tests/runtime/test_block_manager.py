@@ -224,6 +224,29 @@ def test_pinned_blocks_stay_whatever_comes() -> None:
         m.unpin(pin)
 
 
+def test_a_cleared_cache_holds_nothing_and_what_lives_goes_on() -> None:
+    m = manager()
+    finish(m, m.allocate(tokens(60)).seq)
+    seq = m.allocate(tokens(40, 1)).seq
+    m.take_copies()
+    m.clear_cache()
+    assert m.match(tokens(60)).num_tokens == m.match(tokens(40, 1)).num_tokens == 0
+    assert m.pool.num_cached_free == 0 and m.pool.num_free == 61
+    for token in range(30):
+        m.append_step([seq], [token])
+        m.take_copies()
+    m.free(seq)
+    turn = np.concatenate((tokens(40, 1), np.arange(30), [1])).astype(np.int32)
+    assert m.match(turn).num_tokens == 0  # its later blocks continue what the old weights computed
+    finish(m, m.allocate(turn).seq)
+    assert m.match(turn).num_tokens == turn.size - 1
+
+
+def test_a_step_of_nobody() -> None:
+    m = manager()
+    assert m.append_step([], []).rows.size == 0 and m.blocks_needed([]) == 0
+
+
 def test_a_match_that_went_stale_is_looked_up_again() -> None:
     m = manager(num_blocks=8)
     finish(m, m.allocate(tokens(64)).seq)
