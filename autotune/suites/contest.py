@@ -17,13 +17,15 @@ from pagedgen.compiler.compile import compile_source, compiler_version
 from pagedgen.compiler.families import family_for, template_hash
 from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
-from pagedgen.compiler.space import default_schedule
+from pagedgen.compiler.space import near_default
 from pagedgen.errors import CompileError
 from pagedgen.runtime.library import Library
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
+
+NEAREST = 16  # schedules tried in place of a default that spills
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +46,36 @@ class Pick:
     origin: str  # "measured", "predicted" or "default"
 
 
-def pick(spec: KernelSpec, target: Target, workload: Workload, database: Database | None = None) -> Pick:
-    """The recorded selection's schedule for a workload, or the family's default where nothing is recorded."""
+def recorded(
+    spec: KernelSpec, target: Target, workload: Workload, database: Database | None = None
+) -> Pick | None:
+    """The recorded selection's schedule for a workload; None where nothing is recorded."""
     template = template_hash(family_for(spec, target))
     stamp = stamp_of(target, template, compiler_version(target.kind), measured=True)
     found = (database or Database()).find(spec, target.name, stamp)
     if found is None or found.entry.selection is None:
-        return Pick(default_schedule(spec, target), "default")
+        return None
     selection = found.entry.selection
     return Pick(selection.pick(workload.num_seqs, workload.max_seq_len), selection.status.value)
+
+
+def pick(spec: KernelSpec, target: Target, workload: Workload, database: Database | None = None) -> Pick:
+    """The recorded schedule, or the one nearest the family's default that compiles without spilling.
+
+    Raises:
+        CompileError: none of the nearest does.
+    """
+    known = recorded(spec, target, workload, database)
+    if known is not None:
+        return known
+    for schedule in near_default(spec, target)[:NEAREST]:
+        try:
+            compiled(spec, target, schedule)
+        except CompileError as error:
+            problem = error
+        else:
+            return Pick(schedule, "default")
+    raise CompileError(f"the {NEAREST} schedules nearest the default do not compile; the last: {problem}")
 
 
 def compiled(spec: KernelSpec, target: Target, schedule: Schedule) -> Binary:

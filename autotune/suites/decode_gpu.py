@@ -9,6 +9,7 @@ that a kernel that takes the CUDA context along costs its row only.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from pagedgen.autotune.binaries import BinaryCache, compile_all
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.roofline import gpu_read_gbs
 from pagedgen.autotune.suites import Note
-from pagedgen.autotune.suites.contest import Pick, contest, ours, pick
+from pagedgen.autotune.suites.contest import NEAREST, contest, ours, recorded
 from pagedgen.autotune.suites.report import Case, Report, Row
 from pagedgen.autotune.tune import GATE_S, MEASURE_S, Workshop
 from pagedgen.compiler.render import render
+from pagedgen.compiler.space import near_default
 from pagedgen.errors import DeviceMissing, PagedgenError
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
 from pagedgen.values.target import Target
@@ -115,8 +117,7 @@ def run(note: Note) -> Report:
     for spec in grid():
         jobs.append(Job(f"grid {spec.name}", spec, GRID_WORKLOAD, GRID_ROUNDS, with_peers=False))
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        picks = {job: pick(job.spec, target, job.workload) for job in jobs}
-        _compile(picks, target, shop, note)
+        _compile(jobs, target, shop, note)
         cases = []
         for number, job in enumerate(jobs, 1):
             cases.append(_case(job, target, Path(folder), shop))
@@ -127,12 +128,27 @@ def run(note: Note) -> Report:
     return Report.of("decode-gpu", target, cases, notes)
 
 
-def _compile(picks: dict[Job, Pick], target: Target, shop: Workshop, note: Note) -> None:
-    """Fill the binary cache in parallel; a failure shows up in its case."""
-    sources = {render(job.spec, target, chosen.schedule) for job, chosen in picks.items()}
-    for done, _ in enumerate(compile_all(tuple(sources), shop.pool, BinaryCache()), 1):
-        if done % 10 == 0 or done == len(sources):
-            note(f"decode-gpu: {done}/{len(sources)} kernels compiled")
+def _compile(jobs: Sequence[Job], target: Target, shop: Workshop, note: Note) -> None:
+    """Fill the binary cache in parallel with what the cases will pick; a failure shows up in its case.
+
+    Without a record that is the schedule nearest the default that does not spill, so a spec stays pending
+    until one of its nearest compiles.
+    """
+    cache, found = BinaryCache(), [recorded(job.spec, target, job.workload) for job in jobs]
+    known = {render(j.spec, target, chosen.schedule) for j, chosen in zip(jobs, found, strict=True) if chosen}
+    list(compile_all(tuple(known), shop.pool, cache))
+    pending = list(dict.fromkeys(j.spec for j, chosen in zip(jobs, found, strict=True) if chosen is None))
+    for turn in range(NEAREST):
+        if not pending:
+            return
+        note(f"decode-gpu: compiling {len(pending)} specs, turn {turn + 1}")
+        nearest = [near_default(spec, target) for spec in pending]
+        sources = [
+            render(s, target, near[min(turn, len(near) - 1)])
+            for s, near in zip(pending, nearest, strict=True)
+        ]
+        outcomes = compile_all(sources, shop.pool, cache)
+        pending = [compiled.source.spec for compiled in outcomes if compiled.binary is None]
 
 
 def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 from functools import cache
+from pathlib import Path
 
 from pagedgen.errors import Unsupported
 from pagedgen.templates.family import Family
@@ -35,9 +37,12 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
 
 @cache
 def template_hash(family: Family) -> str:
-    """First 12 hex digits of the SHA-256 over the family's template sources; records are stamped with it."""
+    """First 12 hex digits of the SHA-256 over the family's sources; records are stamped with it.
+
+    The family's module counts, since it decides what is rendered in: an edit there may change the kernel.
+    """
     digest = hashlib.sha256()
-    for path in (family.source, *family.shared):
+    for path in (family.source, *family.shared, Path(inspect.getfile(type(family)))):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

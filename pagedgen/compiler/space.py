@@ -44,8 +44,8 @@ def feasible(spec: KernelSpec, target: Target) -> tuple[Schedule, ...]:
     return tuple(found)
 
 
-def default_schedule(spec: KernelSpec, target: Target) -> Schedule:
-    """The family's default where it is legal, else the legal schedule nearest to it."""
+def near_default(spec: KernelSpec, target: Target) -> tuple[Schedule, ...]:
+    """Every feasible schedule, the family's default or the nearest to it first."""
     fields = family_for(spec, target).fields(spec, target)
 
     def distance(schedule: Schedule) -> int:
@@ -54,4 +54,9 @@ def default_schedule(spec: KernelSpec, target: Target) -> Schedule:
             for field in fields
         )
 
-    return min(feasible(spec, target), key=distance)
+    return tuple(sorted(feasible(spec, target), key=distance))
+
+
+def default_schedule(spec: KernelSpec, target: Target) -> Schedule:
+    """The family's default where it is legal, else the legal schedule nearest to it."""
+    return near_default(spec, target)[0]

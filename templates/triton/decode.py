@@ -133,7 +133,10 @@ class TritonDecode(Family):
             raise Unsupported("k_inner token: GPU decode reads K with head_dim innermost (k_inner dim)")
 
     def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
-        """Tile, warps, stages, waves, how page ids are loaded, and how FP8 is decoded."""
+        """Tile, warps, stages, waves, how page ids are loaded, and how FP8 is decoded.
+
+        The defaults were the fastest, or within 3% of it, for most specs at 32 x 8k on an H100.
+        """
         decodes: tuple[Choice, ...] = ("none",)
         if spec.kv_dtype.is_fp8:
             decodes = ("cvt", "bits") if target.fp8_convert and target.kind == "cuda" else ("bits",)
@@ -141,9 +144,9 @@ class TritonDecode(Family):
                 decodes = ("plain",)
         return (
             Field("tile", (16, 32, 64, 128, 256), 64, "tokens worked on at a time"),
-            Field("num_warps", (1, 2, 4, 8), 4, "warps of a program"),
-            Field("num_stages", (2, 3, 4, 5), 3, "depth of the load pipeline"),
-            Field("waves", (1, 2, 3, 4, 6, 8, 12, 16), 4, "pieces aimed at for each SM"),
+            Field("num_warps", (1, 2, 4, 8), 4 if block_h(spec) > 16 else 2, "warps of a program"),
+            Field("num_stages", (2, 3, 4, 5), 2, "depth of the load pipeline"),
+            Field("waves", (1, 2, 3, 4, 6, 8, 12, 16), 2, "pieces aimed at for each SM"),
             Field("ids", ("gather", "page", "scalar"), self._ids(spec, 64), "how block ids are loaded"),
             Field("prefetch_ids", (0, 1), 1, "load block ids one tile ahead of K and V"),
             Field("seq_lanes", (32, 128, 1024), 128, "sequences whose lengths are scanned at a time"),

@@ -115,7 +115,7 @@ def test_compiles_for_a_named_arch_with_no_gpu(request, make_spec, arch, spec_ar
 def test_default_schedule_is_legal_and_prefers_the_declared_defaults(make_spec, h100):
     spec = make_spec()
     chosen = default_schedule(spec, h100)
-    assert (chosen["tile"], chosen["num_warps"], chosen["ids"]) == (64, 4, "page")
+    assert (chosen["tile"], chosen["num_warps"], chosen["ids"]) == (64, 2, "page")
 
 
 def test_signature_covers_every_argument(make_spec):
