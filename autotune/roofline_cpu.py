@@ -1,7 +1,8 @@
 """The read bandwidth of this machine's memory, as a decode kernel could use it at best.
 
 What a paged kernel can reach is not the sequential rate: blocks lie anywhere, so every few KB a new stream
-begins. The ceiling that kernels are held against reads blocks of the kernel's size in random order, prefetching.
+begins. The ceiling that kernels are held against reads blocks of the kernel's size in random order,
+prefetching.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pagedgen.errors import CompileError, InvalidValue
 from pagedgen.templates.family import TEMPLATES
 
 SOURCE = TEMPLATES / "launcher" / "roofline_cpu.cc"
-# (blocks read in turn, turns prefetched ahead); the best of them is the ceiling. Reading 4 blocks in turn instead
-# of one after the other gave 38 against 27 GB/s for random 4 KB blocks on two cores of an EPYC 9004.
+# (blocks read in turn, turns prefetched ahead); the best of them is the ceiling. Reading 4 blocks in turn
+# instead of one after the other gave 38 against 27 GB/s for random 4 KB blocks on two cores of an EPYC 9004.
 PATTERNS = ((1, 1), (1, 4), (2, 1), (4, 1))
 
 
@@ -154,7 +155,7 @@ class Roofline:
 def measure_roofline(
     block_bytes: int, threads: int | None = None, *, memory_bytes: int = 1 << 28, rounds: int = 7
 ) -> Roofline:
-    """Read bandwidth now, in sequence and in random blocks, interleaved; ``memory_bytes`` should exceed the caches."""
+    """Read bandwidth now, in sequence and in random blocks, interleaved; ``memory_bytes`` exceed the caches."""
     memory = torch.ones(memory_bytes // 8, dtype=torch.int64)
     sequential, random = sequential_reader(memory, threads), random_reader(memory, block_bytes, threads)
     rates = [(sequential.best_gbs(), random.best_gbs()) for _ in range(rounds)]

@@ -1,8 +1,8 @@
 """Peers of ``decode-cpu`` that are importable here, on the very inputs ours are timed on.
 
 vLLM's CPU attention, in the block size and layout it is fastest with, and what PyTorch offers without paging:
-gather the sequence, then ``scaled_dot_product_attention``. What a peer computes is checked against the float64
-reference before it is timed, with eight times our tolerance, since peers round elsewhere than we do.
+gather the sequence, then ``scaled_dot_product_attention``. What a peer computes is checked against the
+float64 reference before it is timed, with eight times our tolerance, since peers round elsewhere than we do.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def check(name: str, spec: KernelSpec, inputs: Inputs) -> None:
 
 
 def tokens_of(spec: KernelSpec, inputs: Inputs, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of one sequence, gathered: ``[length, num_kv_heads, head_dim]``; fp8 as q_dtype, not yet scaled."""
+    """K and V of one sequence, gathered: ``[length, num_kv_heads, head_dim]``; fp8 as q_dtype, unscaled."""
     length = int(inputs.seq_lens[row])
     ids = inputs.block_table[row, : -(-length // spec.block_size)].long()
     pair = []

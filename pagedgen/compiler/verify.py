@@ -296,7 +296,7 @@ def judge(spec: KernelSpec, inputs: Inputs, expected: Reference | None = None) -
 
 @lru_cache(maxsize=10)
 def _tried(spec: KernelSpec, case: Case, device: torch.device, seed: int) -> tuple[Inputs, Reference]:
-    """Inputs and reference, kept for the next candidate of the spec: computing them is 90% of the gate's time."""
+    """Inputs and reference, kept for the spec's next candidate: computing them is 90% of the gate's time."""
     inputs = make_inputs(spec, case.seq_lens, device, seed, pool=case.pool, all_codes=case.all_codes)
     return inputs, reference(spec, inputs)
 

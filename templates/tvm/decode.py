@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
 from pagedgen.errors import Unsupported
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.values.schedule import Schedule
@@ -57,7 +58,7 @@ def token_inner(spec: KernelSpec) -> bool:
 
 
 def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
-    """Whether bf16 dot products compute this spec: q is bf16, since a wider q would lose bits, and vectors fill up."""
+    """Whether bf16 dot products compute this spec: q is bf16 (a wider one would lose bits), vectors fill up."""
     if not LEVELS[target.arch].bf16_dot or spec.q_dtype is not DType.BF16:
         return False
     if spec.kv_dtype.is_fp8:

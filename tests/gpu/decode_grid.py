@@ -25,7 +25,7 @@ EVERYTHING = (Rule(1 << 30, 1 << 30, 0),)
 
 
 def extra() -> tuple[KernelSpec, ...]:
-    """Specs beyond the benchmark's grid: head dims that 16 does not divide, real models' shapes, mixed formats."""
+    """Beyond the benchmark's grid: head dims that 16 does not divide, real models' shapes, mixed formats."""
     specs = []
     for q, kv in ((F16, F16), (BF16, BF16), (F16, E4M3), (BF16, E4M3), (BF16, E5M2)):
         for block_size in (1, 8, 16, 32, 64, 128, 256, 544):
