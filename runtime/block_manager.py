@@ -615,38 +615,25 @@ class BlockManager:
         """A snapshot; O(sequences), so fit for every step of a serving loop."""
         size = self.block_size
         rows = np.array([self.seqs.row(seq) for seq in self.seqs.handles], np.int64)
-        suspended = np.array([self.seqs.is_suspended(int(row)) for row in rows], np.bool_)
-        rows = rows[~suspended]
-        counts = self._capacity.take(rows) // size
-        lengths = self.seq_lens.take(rows)
-        tails = (lengths - 1) // size  # column of each sequence's last token
+        here = np.array([not self.seqs.is_suspended(row) for row in rows.tolist()], np.bool_)
+        rows = rows[here]
+        lengths, counts = self.seq_lens.take(rows), self._capacity.take(rows) // size
         logical = empty = 0
         for group in self.groups:
             logical += int((counts - group.starts.take(rows)).sum())
-            empty += int((counts - tails - 1).sum()) * size  # slots for drafts
-            # A shared last block is as full as its longest owner has it; for an owner that is not at its
-            # end there, it is full.
-            at = rows[lengths > 0]
-            last, where, owners = np.unique(group.tails.take(at), return_inverse=True, return_counts=True)
-            fills = np.zeros(last.size, np.int64)
-            np.maximum.at(fills, where, (lengths - tails * size)[lengths > 0])
-            empty += int((size - fills)[self.pool.refs.take(last) == owners].sum())
-        used = self.pool.num_blocks - self.pool.num_free
-        counters = replace(self.counters)
+            empty += self._empty_slots(group, rows, lengths, counts)
         for row, records in self.swap.records.items():
             for group, record in zip(self.groups, records, strict=True):
                 logical += int(self._capacity[row]) // size - int(group.starts[row]) - record.columns.size
-        host = self.seqs.nbytes + self.pool.nbytes + (self.cache.nbytes if self.cache else 0)
-        host += sum(a.nbytes for g in self.groups for a in (g.tails, g.starts))
-        host += sum(a.nbytes for a in self.prefixes.arrays) if self.prefixes else 0
-        host += 4 * logical  # of the block tables only what is in use is ever touched
+        used = self.pool.num_blocks - self.pool.num_free
+        counters = replace(self.counters)
         return Stats(
             num_blocks=self.pool.num_blocks,
             used_blocks=used,
             cached_blocks=self.pool.num_cached_free,
             free_blocks=self.pool.num_free,
             sequences=len(self.seqs),
-            swapped_sequences=int(suspended.sum()),
+            swapped_sequences=int((~here).sum()),
             pinned_blocks=sum(pin.size for pin in self._pins.values()),
             stored_tokens=max(0, used * size - empty),
             utilisation=used / self.pool.num_blocks,
@@ -655,7 +642,7 @@ class BlockManager:
             hit_rate=counters.hit_tokens / counters.prompt_tokens if counters.prompt_tokens else 0.0,
             host_blocks=self.swap.num_blocks,
             host_blocks_used=self.swap.num_blocks - self.swap.num_free,
-            host_bytes=host,
+            host_bytes=self._host_bytes() + 4 * logical,  # of the tables only what is used is ever touched
             counters=counters,
         )
 
@@ -706,7 +693,42 @@ class BlockManager:
             raise UnknownPin(f"pin {pin!r} is unknown or was undone before")
         self._release(self._pins.pop(pin)[::-1])
 
+    def clear_cache(self) -> None:
+        """Forget all cached content, as after a change of the model's weights.
+
+        Sequences that live go on with what they have, and enter nothing in the cache any more.
+        """
+        if self.cache is None or self.prefixes is None:
+            return
+        blocks = np.flatnonzero(self.cache.index.place >= 0).astype(np.int32)
+        self.cache.forget(blocks)
+        self.pool.forget(blocks[self.pool.refs.take(blocks) == 0])
+        for seq in self.seqs.handles:
+            self.prefixes.lose(self.seqs.row(seq))
+
     # Inside
+
+    def _empty_slots(self, group: LayerGroup, rows: I64, lengths: I32, counts: I32) -> int:
+        """Slots of a group's blocks that hold no token, each block once."""
+        size = self.block_size
+        columns = (lengths - 1) // size  # of each row's last token
+        drafts = int((counts - columns - 1).sum()) * size
+        some = lengths > 0
+        tails, where, owners = np.unique(
+            group.tails.take(rows[some]), return_inverse=True, return_counts=True
+        )
+        # A shared last block is as full as its longest owner has it; if an owner goes on behind it, full.
+        fills = np.zeros(tails.size, np.int64)
+        np.maximum.at(fills, where, (lengths - columns * size)[some])
+        return drafts + int((size - fills)[self.pool.refs.take(tails) == owners].sum())
+
+    def _host_bytes(self) -> int:
+        """Bytes of all arrays but the block tables."""
+        arrays = [self.seq_lens, self._capacity, self._check_tail, self._step_of, self._priority]
+        arrays += [array for group in self.groups for array in (group.tails, group.starts)]
+        arrays += self.prefixes.arrays if self.prefixes else ()
+        own = sum(array.nbytes for array in arrays)
+        return own + self.seqs.nbytes + self.pool.nbytes + (self.cache.nbytes if self.cache else 0)
 
     def _first_end(self, match: PrefixMatch, max_new_tokens: int | None) -> int:
         size = int(match.tokens.size)

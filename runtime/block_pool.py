@@ -33,7 +33,7 @@ class BlockPool:
         self._clean: I32 = np.empty(64, np.int32)  # a stack of free blocks without content
         self._num_clean = 0
         self._places: I32 = np.full(num_blocks, -1, np.int32)
-        self._queues = [EvictionQueue(self._places) for _ in range(PRIORITIES)]
+        self._queues = [EvictionQueue(self._places, level, PRIORITIES) for level in range(PRIORITIES)]
 
     @property
     def nbytes(self) -> int:

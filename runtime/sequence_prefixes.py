@@ -123,6 +123,10 @@ class SequencePrefixes:
         self._lost.discard(row)
         self._extra_ahead.discard(row)
 
+    def lose(self, row: int) -> None:
+        """From now on the row enters nothing in the cache, unless it is cut to nothing."""
+        self._lost.add(row)
+
     def rewind(self, row: int, now: int, length: int) -> None:
         """Take the fingerprint back from ``now`` to fewer tokens.
 

@@ -319,9 +319,9 @@ class World:
         for level, queue in enumerate(pool._queues):
             for place in range(queue._head, queue._tail):
                 block = int(queue._ring[place])
-                if pool._places[block] == place and pool.priority[block] == level:
+                if pool._places[block] == place * len(pool._queues) + level:
                     queued.append(block)
-        assert sorted(clean + queued) == sorted(free)
+        assert sorted(clean + queued) == sorted(free), (clean, queued, free)
         assert len(free) == pool.num_free and len(queued) == pool.num_cached_free
         assert manager._num_check_tail == int(manager._check_tail.sum())
         if manager.cache is None:
@@ -376,6 +376,8 @@ class World:
         self.operations += 1
         if self.pins and self.random.random() < 0.02:
             self.manager.unpin(self.pins.pop(0))
+        if self.random.random() < 0.002:
+            self.manager.clear_cache()
         handles = list(self.seqs)
         handle = self.random.choice(handles) if handles else None
         kind = self.random.random()
