@@ -155,7 +155,7 @@ class Roofline:
 def measure_roofline(
     block_bytes: int, threads: int | None = None, *, memory_bytes: int = 1 << 28, rounds: int = 7
 ) -> Roofline:
-    """Read bandwidth now, in sequence and in random blocks, interleaved; ``memory_bytes`` exceed the caches."""
+    """Read bandwidth now, in sequence and in random blocks; ``memory_bytes`` should exceed the caches."""
     memory = torch.ones(memory_bytes // 8, dtype=torch.int64)
     sequential, random = sequential_reader(memory, threads), random_reader(memory, block_bytes, threads)
     rates = [(sequential.best_gbs(), random.best_gbs()) for _ in range(rounds)]

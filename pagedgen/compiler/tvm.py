@@ -58,8 +58,8 @@ def compile_tvm(source: Source) -> Binary:
         {"kind": "llvm", "mtriple": machine.triple, "mcpu": machine.cpu, "mattr": list(machine.features)}
     )
     constants, module_text = split(source.text)
-    # TVM's default pipeline moves local arrays to the heap and makes them share memory, which costs 4.7x; this
-    # one leaves them to LLVM, which keeps them in registers. Plain C functions need nothing else of the default.
+    # TVM's default pipeline moves local arrays to the heap and makes them share memory, which costs 4.7x;
+    # this one leaves them to LLVM, which keeps them in registers. Plain C functions need nothing else of it.
     passes = tvm.ir.transform.Sequential(
         [
             tirx.transform.BindTarget(target.with_host(target)),

@@ -58,7 +58,7 @@ def token_inner(spec: KernelSpec) -> bool:
 
 
 def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
-    """Whether bf16 dot products compute this spec: q is bf16 (a wider one would lose bits), vectors fill up."""
+    """Whether bf16 dot products compute this spec: q is bf16 (a wider one loses bits), vectors fill up."""
     if not LEVELS[target.arch].bf16_dot or spec.q_dtype is not DType.BF16:
         return False
     if spec.kv_dtype.is_fp8:
