@@ -170,7 +170,7 @@ class BlockManager:
             InvalidTokens: empty, longer than max_seq_len, or not token ids.
             InvalidSalt: a salt or extra key of the wrong type.
         """
-        prompt = token_array(tokens)
+        prompt = token_array(tokens).copy()  # the caller may go on with its array
         if not 1 <= prompt.size <= self.max_seq_len:
             raise InvalidTokens("tokens", f"{prompt.size} tokens", f"1 to {self.max_seq_len} are allowed")
         check_salt(salt)
