@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from pagedgen.compiler.link import host_compiler
+from pagedgen.compiler.link import TIMEOUT_S, host_compiler
 from pagedgen.errors import CompileError, InvalidValue
 from pagedgen.templates.family import TEMPLATES
 
@@ -50,7 +50,10 @@ def _library() -> ctypes.CDLL:
             str(out),
             "-lpthread",
         ]
-        run = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+        try:  # ziglang's first C++ file takes it 50 s of CPU time, for a C++ library of its own
+            run = subprocess.run(line, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise CompileError(f"{line[0]} did not finish within {TIMEOUT_S} s") from error
         if run.returncode:
             raise CompileError("\n".join(run.stderr.splitlines()[-8:]))
         library = ctypes.CDLL(str(out))
