@@ -162,6 +162,7 @@ def _assemble_gpu(
                 "threads": 32 * binary.num_warps,
                 "smem_bytes": binary.resources.smem_bytes,
                 "waves": binary.source.schedule.int("waves"),
+                "even": binary.source.schedule["split"] == "even",
                 **names,
             }
         )
@@ -188,7 +189,6 @@ def _assemble_gpu(
             max_kv_stride="INT32_MAX",  # block and token strides are 32-bit in the kernels
             rows=literals["rows"],
             programs=spec.num_kv_heads * literals["head_blocks"],
-            max_waves=max(binary.source.schedule.int("waves") for binary in binaries),
         )
     )
     return Assembly(source, tuple(files), ())

@@ -147,6 +147,9 @@ class TritonDecode(Family):
             Field("num_warps", (1, 2, 4, 8), 4 if block_h(spec) > 16 else 2, "warps of a program"),
             Field("num_stages", (2, 3, 4, 5), 2, "depth of the load pipeline"),
             Field("waves", (1, 2, 3, 4, 6, 8, 12, 16), 2, "pieces aimed at for each SM"),
+            Field("split", ("pieces", "even"), "pieces", "how a batch is shared out among programs"),
+            # 96 merge 16 parts 1.5 us sooner; 32 leave registers for a fifth program on an SM (184, not 254)
+            Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
             Field("ids", ("gather", "page", "scalar"), self._ids(spec, 64), "how block ids are loaded"),
             Field("prefetch_ids", (0, 1), 1, "load block ids one tile ahead of K and V"),
             Field("seq_lanes", (32, 128, 1024), 128, "sequences whose lengths are scanned at a time"),
@@ -349,8 +352,7 @@ class TritonDecode(Family):
         tile = schedule.int("tile")
         rows = min(block_h(spec), spec.group_size)
         merge_rows, merge_dims = next_power_of_two(rows), next_power_of_two(spec.head_dim)
-        # 96 values a thread in flight while merging: 16 pieces read 4 at a time took 3 us on an H100
-        at_once = 96 * 32 * schedule.int("num_warps") // (merge_rows * merge_dims)
+        at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // (merge_rows * merge_dims)
         return {
             "spec": spec,
             "target": target,
@@ -372,13 +374,14 @@ class TritonDecode(Family):
             "rows": rows,
             "merge_rows": merge_rows,
             "merge_dims": merge_dims,
-            "merge_pieces_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
-            "merge_lse_pieces": 32,
+            "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
+            "merge_lse_parts": 32,
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
             "loads": loads_of(spec, schedule.int("num_warps")),
             "parts": parts,
             "tile": tile,
             "num_stages": schedule.int("num_stages"),
+            "split": str(schedule["split"]),
             "addressing": str(schedule["ids"]),
             "pages_per_tile": max(1, tile // spec.block_size),
             "prefetch_ids": bool(schedule.int("prefetch_ids")),

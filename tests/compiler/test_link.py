@@ -135,13 +135,24 @@ def test_fifty_variants_in_one_library(tmp_path, make_spec, gpu_binary):
         library.prepare(0, 50)
 
 
-def test_a_group_of_more_than_64_heads_is_shared_by_programs(tmp_path, make_spec, gpu_binary):
-    spec = make_spec(64, (96, 1), 16, "f16")
+def test_a_group_of_more_than_128_heads_is_shared_by_programs(tmp_path, make_spec, gpu_binary):
+    spec = make_spec(64, (160, 1), 16, "f16")
     library = Library(link([gpu_binary(spec, waves=2)], (), tmp_path / "mqa.so"))
-    slots = 2 * (132 + 5) * 64  # two head blocks of 64 rows; 132 SMs x 2 waves over them
+    slots = 2 * (132 + 5) * 128  # two head blocks of 128 rows; 132 SMs x 2 waves over them
     expected = sum(-(-n // 256) * 256 for n in (slots * 4, slots * 64 * 4, 2 * 5 * 4))
     if not torch.cuda.is_available():
         assert library.workspace_bytes(5) == expected
+
+
+def test_equal_shares_take_two_slots_each_whatever_the_batch(tmp_path, make_spec, gpu_binary):
+    spec = make_spec(64, (8, 2), 16, "f16")
+    library = Library(link([gpu_binary(spec, waves=2, split="even")], (), tmp_path / "even.so"))
+    if torch.cuda.is_available():
+        pytest.skip("workspace follows the GPU at hand")
+    for num_seqs in (1, 1000):
+        slots = 2 * (2 * 132) * 4  # 2 KV heads, each 132 shares of 2, 4 rows
+        expected = sum(-(-n // 256) * 256 for n in (slots * 4, slots * 64 * 4, 2 * num_seqs * 4))
+        assert library.workspace_bytes(num_seqs) == expected
 
 
 def test_what_cannot_be_linked(make_spec, gpu_binary, a100):

@@ -1,6 +1,6 @@
 """decode-h80-q71-kv1-b16-bf16-kvf8e4m3-headscale-lse for sm_80
 
-schedule: fp8_decodebits-idspage-num_stages3-num_warps4-prefetch_ids0-seq_lanes128-tile64-waves4 (triton-decode, pagedgen 0.1.0)
+schedule: fp8_decodebits-idspage-merge32-num_stages3-num_warps4-prefetch_ids0-seq_lanes128-splitpieces-tile64-waves4 (triton-decode, pagedgen 0.1.0)
 
 Decode: one query token a sequence against its paged keys and values. A program takes one piece (a run of tokens)
 of one sequence and the 71 query heads that share a KV head; pieces of a long sequence leave partial results, and the
@@ -92,16 +92,17 @@ def paged_decode(
         return
 
     seq_len = tl.load(seq_lens_ptr + seq)
-    splits = (seq_len + chunk - 1) // chunk  # pieces of my sequence
-    split = piece - first_piece
-    split_len = ((seq_len + splits - 1) // splits + 63) // 64 * 64
-    begin = split * split_len
-    end = tl.minimum(begin + split_len, seq_len)
+    num_parts = (seq_len + chunk - 1) // chunk  # pieces of my sequence
+    part = piece - first_piece
+    part_len = ((seq_len + num_parts - 1) // num_parts + 63) // 64 * 64
+    begin = part * part_len
+    end = tl.minimum(begin + part_len, seq_len)
 
     kv_head = tl.program_id(1)
+    heads_base = kv_head * 71
     rows = tl.arange(0, 128)
     row_ok = rows < 71
-    q_heads = kv_head * 71 + rows
+    q_heads = heads_base + rows
     col0 = tl.arange(0, 32)
     col1 = 32 + tl.arange(0, 16)
     col1_ok = col1 < 40
@@ -109,6 +110,18 @@ def paged_decode(
     dim_0_odd = 2 * col0 + 1
     dim_1_even = 2 * col1
     dim_1_odd = 2 * col1 + 1
+    tokens = tl.arange(0, 64)
+    pages = tl.arange(0, 4)
+    slots = tl.arange(0, 16)
+    scores_scale = qk_scale * tl.load(k_scale_ptr + kv_head) * 256.0  # decoding left K * 2^-8
+    v_factor = tl.load(v_scale_ptr + kv_head) * 256.0
+    k_block, k_token = k_stride_block // 2, k_stride_token // 2  # strides in words
+    v_block, v_token = v_stride_block // 2, v_stride_token // 2
+    k_base = (k_ptr + kv_head.to(tl.int64) * k_stride_head).to(tl.pointer_type(tl.uint16))
+    v_base = (v_ptr + kv_head.to(tl.int64) * v_stride_head).to(tl.pointer_type(tl.uint16))
+    first_slot = tl.program_id(1).to(tl.int64) * (partitions + num_seqs)
+    lse_slots_ptr = partial_lse_ptr + first_slot * 71
+    part_slots_ptr = partial_ptr + first_slot * 5680
 
     q_base = q_ptr + seq.to(tl.int64) * q_stride_seq + q_heads.to(tl.int64) * q_stride_head
     q_ptrs = q_base[:, None] + dim_0_even[None, :]
@@ -130,16 +143,8 @@ def paged_decode(
     q_0_odd = (q_0_odd / q_unit[:, None]).to(tl.float16)
     q_1_even = (q_1_even / q_unit[:, None]).to(tl.float16)
     q_1_odd = (q_1_odd / q_unit[:, None]).to(tl.float16)
-    scale = qk_scale * q_unit
-    scale *= tl.load(k_scale_ptr + kv_head) * 256.0  # decoding left K * 2^-8
-    k_block, k_token = k_stride_block // 2, k_stride_token // 2  # strides in words
-    v_block, v_token = v_stride_block // 2, v_stride_token // 2
-    k_base = (k_ptr + kv_head.to(tl.int64) * k_stride_head).to(tl.pointer_type(tl.uint16))
-    v_base = (v_ptr + kv_head.to(tl.int64) * v_stride_head).to(tl.pointer_type(tl.uint16))
+    scale = scores_scale * q_unit
     table_ptr = block_table_ptr + seq.to(tl.int64) * block_table_stride
-    tokens = tl.arange(0, 64)
-    pages = tl.arange(0, 4)
-    slots = tl.arange(0, 16)
     last_page = (seq_len - 1) // 16
 
     m = tl.full([128], float("-inf"), tl.float32)
@@ -148,7 +153,6 @@ def paged_decode(
     acc_0_odd = tl.zeros([128, 32], tl.float32)
     acc_1_even = tl.zeros([128, 16], tl.float32)
     acc_1_odd = tl.zeros([128, 16], tl.float32)
-
     full_end = begin + (end - begin) // 64 * 64
     for pos in tl.range(begin, full_end, 64, num_stages=3):
         ids = tl.load(table_ptr + tl.minimum(pos // 16 + pages, last_page))  # [4]
@@ -219,17 +223,14 @@ def paged_decode(
         acc_1_odd = tl.dot(p, v1_odd, acc_1_odd * alpha[:, None])
 
     lse = m + tl.log2(l)  # base 2
-    v_factor = tl.load(v_scale_ptr + kv_head) * 256.0
-    inv_l = v_factor / l
-    acc_0_even = acc_0_even * inv_l[:, None]
-    acc_0_odd = acc_0_odd * inv_l[:, None]
-    acc_1_even = acc_1_even * inv_l[:, None]
-    acc_1_odd = acc_1_odd * inv_l[:, None]
+    acc_0_even = acc_0_even * (v_factor / l)[:, None]
+    acc_0_odd = acc_0_odd * (v_factor / l)[:, None]
+    acc_1_even = acc_1_even * (v_factor / l)[:, None]
+    acc_1_odd = acc_1_odd * (v_factor / l)[:, None]
 
-    heads_base = kv_head * 71
     out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + heads_base.to(tl.int64) * out_stride_head
     lse_base = lse_ptr + seq.to(tl.int64) * 71 + heads_base
-    if splits == 1:
+    if num_parts == 1:
         row_out = out_base + rows.to(tl.int64) * out_stride_head
         out_0_even = acc_0_even.to(tl.bfloat16)
         tl.store(row_out[:, None] + dim_0_even[None, :], out_0_even, mask=row_ok[:, None])
@@ -240,54 +241,50 @@ def paged_decode(
         out_1_odd = acc_1_odd.to(tl.bfloat16)
         tl.store(row_out[:, None] + dim_1_odd[None, :], out_1_odd, mask=row_ok[:, None] & col1_ok[None, :])
         tl.store(lse_base + rows, lse * 0.6931471805599453, mask=row_ok)
-        return
-
-    # leave my part; the last program of this sequence to arrive merges them all
-    first_slot = tl.program_id(1).to(tl.int64) * (partitions + num_seqs) + first_piece
-    my_lse_ptr = partial_lse_ptr + first_slot * 71
-    my_part_ptr = partial_ptr + first_slot * 5680
-    part_rows = split * 71 + rows
-    tl.store(my_lse_ptr + part_rows, lse, mask=row_ok)
-    part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_0_even[None, :]
-    tl.store(part_ptrs, acc_0_even, mask=row_ok[:, None])
-    part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_0_odd[None, :]
-    tl.store(part_ptrs, acc_0_odd, mask=row_ok[:, None])
-    part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_1_even[None, :]
-    tl.store(part_ptrs, acc_1_even, mask=row_ok[:, None] & col1_ok[None, :])
-    part_ptrs = my_part_ptr + part_rows[:, None] * 80 + dim_1_odd[None, :]
-    tl.store(part_ptrs, acc_1_odd, mask=row_ok[:, None] & col1_ok[None, :])
-    counter = counter_ptr + tl.program_id(1) * num_seqs + seq
-    tl.debug_barrier()  # every thread's stores come before the release below
-    if tl.atomic_add(counter, 1, sem="acq_rel") < splits - 1:
-        return
-    tl.store(counter, 0)  # ready for the next call
-    row = tl.arange(0, 128)
-    dim = tl.arange(0, 128)
-    lse_piece = tl.arange(0, 32)
-    merge_piece = tl.arange(0, 1)
-    m = tl.full([128], -1e30, tl.float32)
-    l = tl.zeros([128], tl.float32)
-    for base in range(0, splits, 32):
-        lse_ptrs = my_lse_ptr + (base + lse_piece)[:, None] * 71 + row[None, :]
-        ok = (base + lse_piece < splits)[:, None] & (row < 71)[None, :]
-        part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        m_new = tl.maximum(m, tl.max(part_lse, axis=0))
-        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(part_lse - m_new[None, :]), axis=0)
-        m = m_new
-    lse = m + tl.log2(l)  # [128]
-    merged = tl.zeros([128, 128], tl.float32)
-    for base in tl.range(0, splits, 1, loop_unroll_factor=2):
-        others = base + merge_piece
-        ok = (others < splits)[:, None] & (row < 71)[None, :]
-        lse_ptrs = my_lse_ptr + others[:, None] * 71 + row[None, :]
-        part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(part_lse - lse[None, :])  # [1, 128]
-        pieces_ptrs = my_part_ptr + (others[:, None] * 71 + row[None, :])[:, :, None] * 80 + dim[None, None, :]
-        piece_ok = ok[:, :, None] & (dim < 80)[None, None, :]
-        part = tl.load(pieces_ptrs, mask=piece_ok, other=0.0, cache_modifier=".cg")
-        merged += tl.sum(part * weight[:, :, None], axis=0)
-    live_row = row < 71
-    ok = live_row[:, None] & (dim < 80)[None, :]
-    merged_ptrs = out_base + row.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
-    tl.store(merged_ptrs, merged.to(tl.bfloat16), mask=ok)
-    tl.store(lse_base + row, lse * 0.6931471805599453, mask=live_row)
+    else:
+        # leave my part; the last program of this sequence to arrive merges them all
+        my_rows = (first_piece + part) * 71 + rows
+        tl.store(lse_slots_ptr + my_rows, lse, mask=row_ok)
+        my_ptrs = part_slots_ptr + my_rows[:, None] * 80 + dim_0_even[None, :]
+        tl.store(my_ptrs, acc_0_even, mask=row_ok[:, None])
+        my_ptrs = part_slots_ptr + my_rows[:, None] * 80 + dim_0_odd[None, :]
+        tl.store(my_ptrs, acc_0_odd, mask=row_ok[:, None])
+        my_ptrs = part_slots_ptr + my_rows[:, None] * 80 + dim_1_even[None, :]
+        tl.store(my_ptrs, acc_1_even, mask=row_ok[:, None] & col1_ok[None, :])
+        my_ptrs = part_slots_ptr + my_rows[:, None] * 80 + dim_1_odd[None, :]
+        tl.store(my_ptrs, acc_1_odd, mask=row_ok[:, None] & col1_ok[None, :])
+        counter = counter_ptr + tl.program_id(1) * num_seqs + seq
+        tl.debug_barrier()  # every thread's stores come before the release below
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
+            tl.store(counter, 0)  # ready for the next call
+            row = tl.arange(0, 128)
+            dim = tl.arange(0, 128)
+            lse_part = tl.arange(0, 32)
+            merge_part = tl.arange(0, 1)
+            merged_m = tl.full([128], -1e30, tl.float32)
+            merged_l = tl.zeros([128], tl.float32)
+            for base in range(0, num_parts, 32):
+                others = base + lse_part
+                lse_ptrs = lse_slots_ptr + (first_piece + others)[:, None] * 71 + row[None, :]
+                ok = (others < num_parts)[:, None] & (row < 71)[None, :]
+                part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                m_new = tl.maximum(merged_m, tl.max(part_lse, axis=0))
+                merged_l = merged_l * tl.exp2(merged_m - m_new) + tl.sum(tl.exp2(part_lse - m_new[None, :]), axis=0)
+                merged_m = m_new
+            merged_lse = merged_m + tl.log2(merged_l)  # [128]
+            merged = tl.zeros([128, 128], tl.float32)
+            for base in range(0, num_parts, 1):
+                others = base + merge_part
+                part_rows = (first_piece + others)[:, None] * 71 + row[None, :]  # [1, 128]
+                ok = (others < num_parts)[:, None] & (row < 71)[None, :]
+                part_lse = tl.load(lse_slots_ptr + part_rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                weight = tl.exp2(part_lse - merged_lse[None, :])
+                part_ptrs = part_slots_ptr + part_rows[:, :, None] * 80 + dim[None, None, :]
+                part_ok = ok[:, :, None] & (dim < 80)[None, None, :]
+                part_out = tl.load(part_ptrs, mask=part_ok, other=0.0, cache_modifier=".cg")
+                merged += tl.sum(part_out * weight[:, :, None], axis=0)
+            live = row < 71
+            merged_ptrs = out_base + row.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
+            ok = live[:, None] & (dim < 80)[None, :]
+            tl.store(merged_ptrs, merged.to(tl.bfloat16), mask=ok)
+            tl.store(lse_base + row, merged_lse * 0.6931471805599453, mask=live)

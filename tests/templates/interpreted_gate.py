@@ -29,6 +29,7 @@ class Interpreted:
     def __init__(self, spec, schedule, folder):
         self.spec = spec
         self.kernel = load_source(render(spec, HOST, schedule).text, folder).paged_decode
+        self.even = schedule["split"] == "even"
         self.programs = spec.num_kv_heads * head_blocks(spec)
         self.counters = torch.zeros(self.programs * 256, dtype=torch.int32)
 
@@ -38,7 +39,9 @@ class Interpreted:
     def decode(
         self, q, k, v, table, lens, out, lse, scale, k_scale, v_scale, workspace, max_seq_len, variant
     ):
-        spec, slots = self.spec, PARTITIONS + q.shape[0]
+        spec = self.spec
+        grid = PARTITIONS if self.even else PARTITIONS + q.shape[0]
+        slots = 2 * PARTITIONS if self.even else grid
         rows = min(block_h(spec), spec.group_size)
         partial = torch.full((self.programs, slots, rows, spec.head_dim), float("nan"))
         partial_lse = torch.full((self.programs, slots, rows), float("nan"))
@@ -58,7 +61,7 @@ class Interpreted:
             v.stride(2),
             table.stride(0),
         ]
-        self.kernel[(slots, self.programs)](*arguments)
+        self.kernel[(grid, self.programs)](*arguments)
         assert not self.counters.any(), "counters must be zero after a call"
 
 
@@ -76,6 +79,8 @@ def main() -> int:
         "ids": "page",
         "prefetch_ids": 1,
         "seq_lanes": 128,
+        "split": "pieces",
+        "merge": 32,
     }
     schedule = Schedule.of("triton-decode", **(base | {"fp8_decode": "none"} | choices))
     spec = conftest.make_spec(**spec_args)

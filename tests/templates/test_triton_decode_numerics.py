@@ -22,6 +22,14 @@ CASES = {
         {"heads": (2, 2), "head_dim": 40, "block_size": 64, "kv": "fp8_e4m3", "scale": "head", "lse": True},
         {"ids": "scalar", "fp8_decode": "plain"},
     ),
+    "even-lse": (
+        {"heads": (10, 2), "head_dim": 80, "block_size": 8, "lse": True},
+        {"tile": 32, "split": "even"},
+    ),
+    "even-e4m3": (
+        {"heads": (4, 2), "head_dim": 64, "block_size": 64, "kv": "fp8_e4m3"},
+        {"ids": "scalar", "fp8_decode": "plain", "split": "even"},
+    ),
     "e5m2": ({"heads": (2, 1), "head_dim": 64, "block_size": 32, "kv": "fp8_e5m2"}, {"fp8_decode": "plain"}),
     "e4m3-block48": (
         {"heads": (4, 1), "head_dim": 72, "block_size": 48, "kv": "fp8_e4m3"},

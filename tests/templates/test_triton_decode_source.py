@@ -26,6 +26,8 @@ def schedule(**choices) -> Schedule:
         "ids": "page",
         "prefetch_ids": 1,
         "seq_lanes": 128,
+        "split": "pieces",
+        "merge": 32,
         "fp8_decode": "none",
     }
     return Schedule.of("triton-decode", **(base | choices))
