@@ -17,7 +17,7 @@ ROOT = Path(pagedgen.__file__).parent
 # Highest floor first; a module may import its own floor and those below. The package's face is on no floor:
 # it imports on demand.
 FLOORS = (
-    ("pagedgen.cli", "pagedgen.integrations"),
+    ("pagedgen.cli", "pagedgen.integrations", "pagedgen.__main__"),
     ("pagedgen.autotune",),
     ("pagedgen.compiler", "pagedgen.templates"),
     ("pagedgen.runtime",),
