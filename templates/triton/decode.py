@@ -288,10 +288,16 @@ class TritonDecode(Family):
         tile_bytes = 2 * tile * width * spec.kv_dtype.size
         programs = spec.num_kv_heads * head_blocks(spec)
         partitions = max(1, cdiv(target.num_sms * schedule.int("waves"), programs))
-        total = max(1, workload.num_tokens)
-        chunk = max(cdiv(cdiv(total, partitions), tile) * tile, self._min_chunk(tile))
-        pieces = sum(cdiv(n, chunk) for n in workload.seq_lens) * programs
-        tiles = sum(cdiv(n, tile) for n in workload.seq_lens) * programs
+        tiles = sum(cdiv(n, tile) for n in workload.seq_lens)  # of one KV head
+        if schedule["split"] == "even":
+            share = max(1, cdiv(tiles, partitions))
+            pieces, splits = cdiv(tiles, share), cdiv(cdiv(workload.max_seq_len, tile), share) + 1
+        else:
+            chunk = cdiv(cdiv(max(1, workload.num_tokens), partitions), tile) * tile
+            chunk = max(chunk, self._min_chunk(tile))
+            pieces = sum(cdiv(n, chunk) for n in workload.seq_lens)
+            splits = cdiv(workload.max_seq_len, chunk)
+        tiles, pieces = tiles * programs, pieces * programs
         # Tiles in flight, as compiled: block ids that are loaded in the same iteration eat two stages.
         buffers = max(1, stages - 1 if prefetch else stages - 3)
         rows = block_h(spec)
@@ -300,7 +306,6 @@ class TritonDecode(Family):
         ]
         per_tile += {"gather": 400.0, "page": 0.0, "scalar": -100.0}[ids] + (180.0 if warps >= 4 else 0.0)
         slots = per_tile * tile / 64 * width / 128 * (1 + 0.4 * (rows / 16 - 1)) + 100.0 * warps
-        splits = cdiv(workload.max_seq_len, chunk)
         return {
             "tile": tile,
             "block_size": spec.block_size,
