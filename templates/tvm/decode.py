@@ -66,6 +66,11 @@ def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
     return spec.head_dim % (lanes if token_inner(spec) else 2 * lanes) == 0
 
 
+def interleave(first: int, second: int, count: int) -> list[int]:
+    """Shuffle indices that take elements from ``first`` and ``second`` on in turn, ``count`` of each."""
+    return [start + i for i in range(count) for start in (first, second)]
+
+
 def sum_tree(lanes: int) -> list[tuple[list[int], list[int]]]:
     """Shuffle indices, low and high, of every level of the tree that sums ``lanes`` vectors of ``lanes``.
 
@@ -128,28 +133,37 @@ class TvmDecode(Family):
         """Tile, register blocks, prefetching, and the way products are formed."""
         level, group, inner = LEVELS[target.arch], spec.group_size, token_inner(spec)
         widest = max(4, level.bits // 32)
-        lanes = tuple(n for n in powers(4, widest) if n >= widest // 2)
-        if not inner:  # rows of K are read whole
-            lanes = tuple(n for n in powers(4, widest) if spec.head_dim % n == 0)[-2:]
+        lanes = tuple(n for n in powers(4, widest) if spec.head_dim % n == 0)[-1:]
+        if inner and lanes[0] < widest:  # K is read along tokens, where wide vectors always fit
+            lanes = (*lanes, widest)
         dots = ("f32", "bf16") if any(dot_allowed(spec, target, n) for n in lanes) else ("f32",)
         heads = divisors(group, 16)
         k_heads = heads if inner else powers(1, min(lanes[-1], group))
-        tiles = (16, 32, 64, 128)
+        k_vectors = (1, 2, 4) if inner else (1,)
+        row = spec.head_dim // math.gcd(lanes[-1], spec.head_dim)  # vectors in a row of V
+        v_vectors = divisors(row, 16)
+        # K is decoded once, for all heads of the group; V is better read in long rows. As many vectors stand
+        # beside the heads as half of the registers hold.
+        half = level.registers // 2
+        k_head = _nearest(k_heads, half if inner else 4)
+        v_head = _nearest(heads, 4)
         return (
             Field("lanes", lanes, lanes[-1], "float32 lanes of a vector"),
-            Field("tile", tiles, 64, "tokens processed together"),
+            Field("tile", (16, 32, 64, 128), 64, "tokens processed together"),
             Field("dot", dots, dots[-1], "products in float32 (FMA) or on bf16 pairs (vdpbf16ps)"),
-            Field("k_heads", k_heads, _nearest(k_heads, 4), "query heads of the register block of q @ K^T"),
+            Field("k_heads", k_heads, k_head, "query heads of the register block of q @ K^T"),
             Field(
-                "k_vectors",
-                (1, 2, 4) if inner else (1,),
-                2 if inner else 1,
-                "vectors of tokens of that block",
+                "k_vectors", k_vectors, _largest(k_vectors, half // k_head), "vectors of tokens of that block"
             ),
-            Field("v_heads", heads, _nearest(heads, 4), "query heads of the register block of p @ V"),
-            Field("v_vectors", (1, 2, 4, 8), 4, "vectors of head_dim of that block"),
+            Field("v_heads", heads, v_head, "query heads of the register block of p @ V"),
+            Field(
+                "v_vectors",
+                v_vectors,
+                _largest(v_vectors, half // v_head),
+                "vectors of head_dim of that block",
+            ),
             Field("streams", (2, 4, 8), 4, "places of the tile from which rows of V are read in turn"),
-            Field("ahead", (0, 1, 2, 4), 1, "tiles between a read and its prefetch; 0: no prefetching"),
+            Field("ahead", (0, 1, 2), 1, "tiles between a read and its prefetch; 0: no prefetching"),
             Field("into", ("l1", "l2"), "l2", "the cache that is prefetched into"),
         )
 
@@ -321,12 +335,11 @@ class TvmDecode(Family):
             "CHUNK": 64 if fp8 else 2 * lanes,
             "level": PREFETCH_LEVELS[str(schedule["into"])],
             "poly": _horner("x[i]"),
+            "interleave": interleave,
             "mix_k": [(2 * o + j) * 16 + 4 * x + y for x, o, y, j in octets]
             if fp8
-            else [r * lanes + i for i in range(lanes) for r in range(2)],
-            "mix_v": [j * 32 + o * 16 + 4 * x + y for x, o, y, j in octets]
-            if fp8
-            else [r * shape.v_lanes + i for i in range(shape.v_lanes) for r in range(2)],
+            else interleave(0, lanes, lanes),
+            "mix_v": [j * 32 + o * 16 + 4 * x + y for x, o, y, j in octets],
             "dot_lanes": sorted({lanes, shape.v_lanes}),
             "tree": sum_tree(lanes),
             "table": {"low": low, "high": high},
@@ -380,6 +393,10 @@ def _horner(x: str) -> str:
 
 def _nearest(values: tuple[int, ...], wanted: int) -> int:
     return min(values, key=lambda value: (abs(value - wanted), -value))
+
+
+def _largest(values: tuple[int, ...], at_most: int) -> int:
+    return max((value for value in values if value <= at_most), default=values[0])
 
 
 FAMILY = TvmDecode()
