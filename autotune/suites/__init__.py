@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pagedgen.errors import UnknownName
+from pagedgen.errors import InvalidValue, UnknownName
 
 if TYPE_CHECKING:
     from pagedgen.autotune.suites.report import Report
@@ -18,11 +18,15 @@ Note = Callable[[str], None]  # a line of progress
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A benchmark. ``module`` has ``run(note) -> Report``; it is imported when the suite is run."""
+    """A benchmark. ``module`` has ``run(note) -> Report``; it is imported when the suite is run.
+
+    With ``takes_traces`` it is ``run(note, traces)``.
+    """
 
     name: str
     meaning: str
     module: str
+    takes_traces: bool = False
 
 
 SUITES: dict[str, Suite] = {
@@ -47,23 +51,29 @@ SUITES: dict[str, Suite] = {
             "manager",
             "the block manager: steps, prompts, memory, and vLLM's manager where vllm is installed",
             "pagedgen.autotune.suites.manager",
+            takes_traces=True,
         ),
     )
 }
 
 
-def run_suite(name: str, json_path: Path | None, note: Note) -> Report:
+def run_suite(name: str, json_path: Path | None, note: Note, traces: Sequence[Path] = ()) -> Report:
     """Run a suite, note its progress, and keep the report as JSON.
 
     Raises:
         UnknownName: no such suite.
+        InvalidValue: traces for a suite that takes none.
+        MalformedFile: a trace cannot be read.
         DeviceMissing: the suite needs a device that is not here.
         CacheUnwritable: the JSON file cannot be written.
     """
     if name not in SUITES:
         raise UnknownName("suite", name, SUITES)
-    run = cast("Callable[[Note], Report]", import_module(SUITES[name].module).run)
-    report = run(note)
+    takers = [suite.name for suite in SUITES.values() if suite.takes_traces]
+    if traces and name not in takers:
+        raise InvalidValue("trace", str(traces[0]), f"no trace is allowed with {name}, only with {takers}")
+    run = cast("Callable[..., Report]", import_module(SUITES[name].module).run)
+    report = run(note, tuple(traces)) if traces else run(note)
     if json_path is not None:
         report.save(json_path)
     return report

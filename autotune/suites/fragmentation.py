@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,11 @@ class Lengths:
     name: str
     prompts: tuple[int, ...]
     outputs: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return max(p + o for p, o in zip(self.prompts, self.outputs, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,54 +76,68 @@ def read_trace(path: Path, limit: int) -> Lengths:
                 raise MalformedFile(path, f"line {number}", f"no known pair of columns: {list(row)}")
             if len(pairs) == limit:
                 break
+    if not pairs:
+        raise MalformedFile(path, "the file", "no request in it")
     return Lengths(path.stem, tuple(p for p, _ in pairs), tuple(o for _, o in pairs))
 
 
-def paged(trace: Lengths, pool_tokens: int, block_size: int, max_steps: int) -> Share:
-    """The block manager under the trace."""
-    longest = max(p + o for p, o in zip(trace.prompts, trace.outputs, strict=True))
-    manager = BlockManager(
-        pool_tokens // block_size,
-        block_size,
-        max_num_seqs=4096,
-        max_seq_len=longest + 1,
-        prefix_caching=False,
-    )
-    waiting = list(zip(trace.prompts, trace.outputs, strict=True))[::-1]
-    running: dict[int, int] = {}  # sequence -> tokens that it is still to get
+def replay(
+    manager: BlockManager, trace: Lengths, max_steps: int, seed: int = 0
+) -> Iterator[tuple[int, bool]]:
+    """Drive a manager with a trace; yields (step, whether the pool was full once), then frees what ended.
+
+    Requests enter in order as memory allows, each with a prompt of its own; when a step needs more than is
+    free, the latest arrivals give way and come back with what they had. Ends when no request waits, none
+    fits, or ``max_steps`` are done; the manager is left as it was then.
+    """
+    waiting = [(i, p, o) for i, (p, o) in enumerate(zip(trace.prompts, trace.outputs, strict=True))][::-1]
+    running: dict[int, tuple[int, int]] = {}  # sequence -> request, tokens that it is still to get
     arrived: list[int] = []
-    samples: list[tuple[float, float, int]] = []
-    zeros = np.zeros(longest, np.int32)
+    noise = np.random.default_rng(seed).integers(0, 1 << 17, manager.max_seq_len + 1).astype(np.int32)
     full = False
     for step in range(max_steps):
-        while waiting and len(running) < 4096:
-            prompt, output = waiting[-1]
-            try:
-                seq = manager.allocate(zeros[:prompt]).seq
+        while waiting and len(running) < manager.seqs.max_num_seqs:
+            request, prompt, output = waiting[-1]
+            try:  # the same noise after another first token: no two prompts have a prefix in common
+                seq = manager.allocate(np.concatenate(([request], noise[1:prompt]))).seq
             except OutOfBlocks:
                 full = True
                 break
             waiting.pop()
-            running[seq] = output
+            running[seq] = (request, output)
             arrived.append(seq)
         if not waiting or not running:
             break
         while manager.blocks_needed(list(running)) > manager.pool.num_free:
             victim = arrived.pop()
-            waiting.append((manager.length(victim), running.pop(victim)))
+            request, output = running.pop(victim)
+            waiting.append((request, manager.length(victim), output))
             manager.free(victim)
-        manager.append_step(np.array(list(running)), zeros[: len(running)])
+        seqs = np.array(list(running))
+        manager.append_step(seqs, noise[manager.seq_lens.take(manager.seqs.rows(seqs))])
         manager.take_copies()
-        if full and step % 16 == 0:
-            stats = manager.stats()
-            tokens = stats.stored_tokens
-            samples.append((1 - stats.waste, tokens / pool_tokens, len(running)))
-        for seq in [seq for seq, left in running.items() if left == 1]:
+        yield step, full
+        for seq in [seq for seq, (_, left) in running.items() if left == 1]:
             manager.free(seq)
             del running[seq]
             arrived.remove(seq)
-        for seq in running:
-            running[seq] -= 1
+        running = {seq: (request, left - 1) for seq, (request, left) in running.items()}
+
+
+def paged(trace: Lengths, pool_tokens: int, block_size: int, max_steps: int) -> Share:
+    """The block manager under the trace."""
+    manager = BlockManager(
+        pool_tokens // block_size,
+        block_size,
+        max_num_seqs=4096,
+        max_seq_len=trace.longest + 1,
+        prefix_caching=False,
+    )
+    samples: list[tuple[float, float, int]] = []
+    for step, full in replay(manager, trace, max_steps):
+        if full and step % 16 == 0:
+            stats = manager.stats()
+            samples.append((1 - stats.waste, stats.stored_tokens / pool_tokens, stats.sequences))
     return _mean("paged", samples)
 
 
@@ -163,7 +182,7 @@ def contiguous(
 def figure_2(trace: Lengths, pool_tokens: int, block_size: int = 16, max_steps: int = 4000) -> list[Share]:
     """All policies on one trace; the pool is rounded to a power of two for the buddy allocator's sake."""
     pool_tokens = 1 << (pool_tokens - 1).bit_length()
-    longest = max(p + o for p, o in zip(trace.prompts, trace.outputs, strict=True))
+    longest = trace.longest
     policies: Sequence[tuple[str, Callable[[int, int], int]]] = (
         ("Orca (Max)", lambda prompt, output: longest),
         ("Orca (Pow2)", lambda prompt, output: min(longest, prompt + (1 << (output - 1).bit_length()))),

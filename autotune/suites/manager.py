@@ -200,8 +200,7 @@ def measure_memory() -> Memory:
 def measure_trace(path: Path, requests: int, pool_tokens: int) -> TraceShares:
     """Figure 2 and the saving of sharing on one trace."""
     trace = fragmentation.read_trace(path, requests)
-    longest = max(p + o for p, o in zip(trace.prompts, trace.outputs, strict=True))
-    pool_tokens = max(pool_tokens, 8 * (1 << (longest - 1).bit_length()))
+    pool_tokens = max(pool_tokens, 8 * (1 << (trace.longest - 1).bit_length()))
     sampling = fragmentation.sharing(trace, 4, 50, beam=False, seed=0)
     beam = fragmentation.sharing(trace, 4, 20, beam=True, seed=0)
     shares = tuple(fragmentation.figure_2(trace, pool_tokens, BLOCK_SIZE))
@@ -241,7 +240,7 @@ def run(
     for path in traces:
         note(f"trace {path.name}")
         shares.append(measure_trace(path, requests, 1 << 18))
-    command = command or "pagedgen bench --suite manager"
+    command = command or " ".join(["pagedgen bench --suite manager", *(f"--trace {p.name}" for p in traces)])
     return Report(_environment(command), tuple(times), memory, tuple(shares))
 
 

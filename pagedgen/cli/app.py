@@ -398,16 +398,55 @@ def bench(
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Every sample and the environment.")
     ] = None,
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Request lengths, for the suite manager. May be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Run a named benchmark: roofline, this project's kernels and the peers that are installed, side by side.
 
     \b
       [b]pagedgen bench[/]
       [b]pagedgen bench[/] --suite decode-cpu --json decode-cpu.json
+      [b]pagedgen bench[/] --suite manager --trace lengths.csv
     """
     from pagedgen.cli.bench import run
 
-    run(suite, json)
+    run(suite, json, trace or ())
+
+
+@app.command()
+def stats(
+    trace: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Request lengths: CSV (Azure, Sarathi) or JSON lines (Mooncake).",
+        ),
+    ],
+    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = 16,
+    pool_tokens: Annotated[int, typer.Option(help="Tokens that the pool holds.")] = 1 << 18,
+    requests: Annotated[int, typer.Option(min=1, help="At most this many of the trace.")] = 4000,
+    steps: Annotated[int, typer.Option(min=1, help="At most this many decode steps.")] = 1000,
+    json: Json = False,
+) -> None:
+    """Drive the block manager with a trace and print its statistics: utilisation, waste, evictions, refusals.
+
+    No model runs: requests enter as memory allows and get a token each a step.
+
+    \b
+      [b]pagedgen stats[/] --trace lengths.csv --pool-tokens 131072
+    """
+    from pagedgen.cli.stats import run
+
+    run(trace, block_size=block_size, pool_tokens=pool_tokens, requests=requests, steps=steps, as_json=json)
 
 
 @app.command()

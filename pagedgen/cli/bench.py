@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pagedgen.autotune.suites import SUITES, run_suite
 from pagedgen.cli import console
 
 
-def run(suite: str | None, json_path: Path | None) -> None:
+def run(suite: str | None, json_path: Path | None, traces: Sequence[Path] = ()) -> None:
     """Run a suite, or list them."""
     if suite is None:
         console.table("Suites", ("name", "what it measures"), ((s.name, s.meaning) for s in SUITES.values()))
         return
-    report = run_suite(suite, json_path, console.note)
+    report = run_suite(suite, json_path, console.note, traces)
     for line in report.lines():
         console.out().print(line, markup=False, soft_wrap=True)

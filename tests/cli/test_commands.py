@@ -24,7 +24,7 @@ def run(*arguments: str, code: int = 0):
     return result
 
 
-COMMANDS = ("tune", "generate", "build", "bench", "explain", "verify", "targets", "models", "doctor")
+COMMANDS = ("tune", "generate", "build", "bench", "explain", "verify", "targets", "models", "doctor", "stats")
 
 
 def test_help_lists_the_commands_and_teaches_by_example():
@@ -198,3 +198,38 @@ def test_bench_lists_its_suites_and_refuses_others():
     listed = run("bench").stdout
     assert "decode-cpu" in listed and "decode-gpu" in listed and "load" in listed
     assert "unknown suite 'speed'; known: decode-cpu" in run("bench", "--suite", "speed", code=1).stderr
+
+
+def test_stats_of_a_trace_as_table_and_json(tmp_path):
+    trace = tmp_path / "lengths.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n" + "100,30\n" * 50, encoding="utf-8")
+    options = ("stats", "--trace", trace, "--pool-tokens", 2048, "--steps", 60)
+    text = run(*options).stdout
+    assert "num blocks" in text and "128" in text and "utilisation" in text
+    data = json.loads(run(*options, "--json").stdout)
+    assert data["num_blocks"] == 128 and data["steps"] == 60 and data["counters"]["admitted"] > 15
+    assert data["counters"]["refused"] > 0  # the pool was full
+    assert data["sequences"] * 100 <= data["stored_tokens"] <= data["used_blocks"] * 16
+    assert "block_size = 0" in run("stats", "--trace", trace, "--block-size", 0, code=1).stderr
+    run("stats", "--trace", tmp_path / "nothing.csv", code=2)
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n", encoding="utf-8")
+    assert "no request" in run("stats", "--trace", trace, code=1).stderr
+
+
+def test_bench_passes_traces_to_the_suite_that_takes_them(tmp_path, monkeypatch):
+    trace = tmp_path / "lengths.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n1,1\n", encoding="utf-8")
+    got = []
+
+    class Lines:
+        def lines(self):
+            return ["done"]
+
+    def fake(note, traces=()):
+        got.append(traces)
+        return Lines()
+
+    monkeypatch.setattr("pagedgen.autotune.suites.manager.run", fake)
+    assert "done" in run("bench", "--suite", "manager", "--trace", trace, "--trace", trace).stdout
+    assert got == [(trace, trace)]
+    assert "only with ['manager']" in run("bench", "--suite", "load", "--trace", trace, code=1).stderr
