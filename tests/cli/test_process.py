@@ -62,6 +62,7 @@ def test_json_on_stdout_is_json_alone_even_with_warnings():
 def test_an_interrupt_is_130_without_a_traceback():
     code = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignore"
 import pagedgen.cli.lists as lists
 lists.show_models = lambda **_: os.kill(os.getpid(), signal.SIGINT)
 sys.argv = ["pagedgen", "models"]
