@@ -63,7 +63,7 @@ def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
         return False
     if spec.kv_dtype.is_fp8:
         return lanes == 16 and spec.head_dim % (32 if token_inner(spec) else 64) == 0
-    return spec.head_dim % (lanes if token_inner(spec) else 2 * lanes) == 0
+    return token_inner(spec) or spec.head_dim % (2 * lanes) == 0
 
 
 def interleave(first: int, second: int, count: int) -> list[int]:
