@@ -26,12 +26,13 @@ from pagedgen.autotune.binaries import BinaryCache, Compiled, compile_all
 from pagedgen.autotune.database import Database, Entry, Fit, Found, fit
 from pagedgen.autotune.device import device_of, stamp_of
 from pagedgen.autotune.events import Progress, Started, Step, Tried, Warned, silent
-from pagedgen.autotune.measure import Verified, device_name, device_works, gate_variant, measure, pin
+from pagedgen.autotune.gating import verdict_on
+from pagedgen.autotune.measure import Verified, device_name, measure, pin
 from pagedgen.autotune.race import race
 from pagedgen.autotune.roofline import Bandwidth, bandwidth
 from pagedgen.autotune.search import Outcome, Stop, search
 from pagedgen.autotune.select import Selection, select
-from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
+from pagedgen.autotune.worker import Pool, Worker, WorkerLost
 from pagedgen.compiler.compile import compiler_version
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import family_for, template_hash
@@ -45,8 +46,7 @@ from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
-GATE_S = 120.0  # limits in a worker; a gate takes 0.1-5 s, a sampling rarely more than 10 s
-MEASURE_S = 300.0
+MEASURE_S = 300.0  # limit in a worker; a sampling rarely takes more than 10 s
 RANKED = 4096  # schedules the model ranks at most, a random subset of larger spaces
 SEARCHED = 3  # workloads that candidates are timed on while searching; finalists meet all of them
 ENOUGH = 0.97  # share of what the memory can deliver at which the search ends
@@ -131,7 +131,7 @@ class Workshop:
 
     def __init__(self, target: Target) -> None:
         threads = {"PAGEDGEN_NUM_THREADS": str(target.num_sms)} if target.kind == "cpu" else {}
-        self.worker = Worker(threads, preload="pagedgen.autotune.measure")
+        self.worker = Worker(threads, first=pin)
         self.pool = Pool(min(16, os.cpu_count() or 1), {"OMP_NUM_THREADS": "1"})
         self.cache = BinaryCache()
         self._folder = tempfile.TemporaryDirectory(prefix="pagedgen-tune-")
@@ -238,6 +238,7 @@ class _Run:
         self.best_us: float | None = None
         self.done = 0
         self.path: Path | None = None
+        self.warned = False  # that records are not kept
         self.known = tuple(self._known())
 
     def start(self, budget_s: float) -> None:
@@ -279,7 +280,6 @@ class _Run:
 
     def _measured(self, begin: float, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
         worker = self.workshop.worker
-        worker.call(pin, timeout_s=GATE_S)
         self.bandwidth = worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
         limit = self.bandwidth.limit_gbs
         enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
@@ -418,7 +418,7 @@ class _Run:
         for variant, schedule in enumerate(schedules):
             verdict = self.verdicts.get(schedule)
             if verdict is None or again:
-                verdict = self._verdict(library, variant, seed)
+                verdict = verdict_on(self.workshop.worker, library, self.spec, variant, self.device, seed)
                 if verdict.passed and schedule not in self.verdicts:
                     self.passed += 1
                 self.verdicts[schedule] = verdict
@@ -428,26 +428,6 @@ class _Run:
                 self._reject(schedule, "gate", verdict.reason, reasons)
             self.tell(Step("gate", variant + 1, len(schedules)))
         return verified, library
-
-    def _verdict(self, library: Path, variant: int, seed: int) -> Verdict:
-        """The gate's verdict; a crash, a hang or a refusal is one too, and costs this candidate only."""
-        worker = self.workshop.worker
-        try:
-            verdict = worker.call(
-                gate_variant, library, self.spec, variant, self.device, seed, timeout_s=GATE_S
-            )
-        except (WorkerLost, WorkerFailed) as error:
-            return Verdict(False, 0, math.inf, 0.0, seed, str(error))
-        if not verdict.passed and self.device != "cpu":
-            self._revive()
-        return verdict
-
-    def _revive(self) -> None:
-        """A kernel that failed may have taken the CUDA context along; then the next needs a new process."""
-        try:
-            self.workshop.worker.call(device_works, self.device, timeout_s=GATE_S)
-        except (WorkerLost, WorkerFailed):
-            self.workshop.worker.kill()
 
     def _race(
         self,
@@ -631,7 +611,9 @@ class _Run:
             self.path = self.database.save(entry)
         except CacheUnwritable as error:
             self.path = None
-            self.tell(Warned(f"records are not kept: {error}"))
+            if not self.warned:
+                self.tell(Warned(f"records are not kept: {error}"))
+            self.warned = True
 
     def _why_nothing(self) -> str:
         stages: dict[str, int] = {}

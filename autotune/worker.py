@@ -9,7 +9,6 @@ where it is through :func:`say`; the last word of a lost worker tells who was ru
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import pickle
 import queue
@@ -71,15 +70,18 @@ class Worker:
     """A process that outlives good calls and is replaced after a bad one. One caller at a time.
 
     ``environment`` is laid over this process's: thread counts have to be set before a library loads.
-    ``preload`` is imported before the first call, whose time limit it does not count against.
+    Every process begins with ``first``, a replacement too: what is imported for it and what it sets up (cores
+    to stay on) holds for all calls, and counts against none of their time limits.
 
     >>> with Worker() as worker:
     ...     worker.call(len, "abc", timeout_s=60)
     3
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None, preload: str = "") -> None:
-        self._environment, self._preload = dict(environment or {}), preload
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, first: Callable[[], object] | None = None
+    ) -> None:
+        self._environment, self._first = dict(environment or {}), first
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
@@ -98,11 +100,25 @@ class Worker:
         """``function(*arguments)`` in the worker. Function and arguments are pickled.
 
         Raises:
-            WorkerLost: the worker crashed, or ran past ``timeout_s`` and was killed.
+            WorkerLost: the worker did not start, crashed, or ran past ``timeout_s`` and was killed.
             WorkerFailed: the function raised an exception.
             PagedgenError: the function raised this one.
         """
-        pipe = self._started()
+        if not self.alive or self._pipe is None:
+            self._start()
+            try:
+                if self._first is not None:
+                    self._exchange(self._first, (), START_S)
+            except PagedgenError:
+                self.kill()  # the next call tries again
+                raise
+        result: T = self._exchange(function, arguments, timeout_s)
+        return result
+
+    def _exchange(self, function: Callable[..., Any], arguments: tuple[object, ...], timeout_s: float) -> Any:
+        """One call over the pipe of a running process."""
+        pipe = self._pipe
+        assert pipe is not None
         last: object = None
         try:
             pipe.send((function, arguments))
@@ -117,8 +133,7 @@ class Worker:
                 elif isinstance(message, _Raised):
                     raise message.error or WorkerFailed(message.message, message.trace)
                 else:
-                    result: T = message.value
-                    return result
+                    return message.value
         except (EOFError, BrokenPipeError, ConnectionResetError, pickle.UnpicklingError) as error:
             raise WorkerLost(self._how_it_died(), last) from error
         except KeyboardInterrupt:
@@ -145,15 +160,13 @@ class Worker:
                 self.kill()
         self._forget()
 
-    def _started(self) -> Connection:
-        if self.alive and self._pipe is not None:
-            return self._pipe
+    def _start(self) -> None:
         self._forget()
         ours, theirs = socket.socketpair()
         with theirs:
             path = os.pathsep.join(p for p in sys.path if p)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pagedgen.autotune.worker", str(theirs.fileno()), self._preload],
+                [sys.executable, "-m", "pagedgen.autotune.worker", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": path, **self._environment},
                 stdin=subprocess.DEVNULL,
@@ -171,7 +184,6 @@ class Worker:
         if not ready:
             how = self._how_it_died()
             raise WorkerLost(f"a worker did not start: {how}")
-        return self._pipe
 
     def _how_it_died(self) -> str:
         process = self._process
@@ -292,8 +304,5 @@ if __name__ == "__main__":
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     # This module is __main__ here, another one than functions import: serve from the one they see.
     from pagedgen.autotune import worker as _imported
-
-    if sys.argv[2]:
-        importlib.import_module(sys.argv[2])
 
     _imported.serve(Connection(int(sys.argv[1])))

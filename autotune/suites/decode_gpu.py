@@ -15,11 +15,12 @@ from pathlib import Path
 
 from pagedgen.autotune.binaries import BinaryCache, compile_all
 from pagedgen.autotune.device import device_of
+from pagedgen.autotune.gating import GATE_S
 from pagedgen.autotune.roofline import gpu_read_gbs
 from pagedgen.autotune.suites import Note
 from pagedgen.autotune.suites.contest import NEAREST, contest, ours, recorded
 from pagedgen.autotune.suites.report import Case, Report, Row
-from pagedgen.autotune.tune import GATE_S, MEASURE_S, Workshop
+from pagedgen.autotune.tune import MEASURE_S, Workshop
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import near_default
 from pagedgen.errors import DeviceMissing, PagedgenError

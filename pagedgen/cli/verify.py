@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import typer
 
+from pagedgen.autotune.gating import verdict_on
+from pagedgen.autotune.measure import device_name
+from pagedgen.autotune.worker import Worker
 from pagedgen.cli import console
-from pagedgen.compiler.verify import gate
 from pagedgen.errors import PackForeign
-from pagedgen.runtime.attention import Attention
 from pagedgen.runtime.pack import check_machine, open_pack
 from pagedgen.values import codec
 from pagedgen.values.record import Verdict
@@ -34,16 +34,17 @@ def run(path: Path, *, seed: int, as_json: bool) -> None:
         if as_json:
             console.emit({"pack": str(path), "intact": True, "run": False, "why": str(error), "verdicts": []})
         return
-    attention = Attention(pack)
-    device = torch.device("cpu" if pack.manifest.kind == "cpu" else "cuda")
+    device = device_name(pack.manifest.kind)
     rows: list[tuple[str, str, Verdict]] = []
-    with console.progress() as bars:
+    with console.progress() as bars, Worker() as worker:
         task = bars.add_task("verify", total=sum(len(k.variants) + 1 for k in pack.manifest.kernels))
         for entry in pack.manifest.kernels:
-            library = attention.kernel(entry.spec).library
+            library = pack.file(entry.library)
             for variant in range(DISPATCH, len(entry.variants)):
                 name = "dispatch table" if variant == DISPATCH else entry.variants[variant].name
-                rows.append((entry.spec.name, name, gate(library, entry.spec, variant, device, seed)))
+                rows.append(
+                    (entry.spec.name, name, verdict_on(worker, library, entry.spec, variant, device, seed))
+                )
                 bars.advance(task)
     failed = sum(not verdict.passed for _, _, verdict in rows)
     if as_json:

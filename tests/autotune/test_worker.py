@@ -40,6 +40,22 @@ def test_a_crash_is_named_and_the_next_call_works(worker: Worker) -> None:
     assert worker.call(functions.pid, timeout_s=60) != before
 
 
+def test_every_process_is_set_up_replacements_too() -> None:
+    with Worker(first=functions.set_up) as worker:
+        for _ in range(2):
+            assert worker.call(functions.variable, "PAGEDGEN_TEST", timeout_s=60) == "set up"
+            with pytest.raises(WorkerLost):
+                worker.call(functions.segfault, timeout_s=60)
+
+
+def test_a_worker_that_cannot_be_set_up_takes_no_call() -> None:
+    with Worker(first=functions.segfault) as worker:
+        for _ in range(2):
+            with pytest.raises(WorkerLost):
+                worker.call(functions.pid, timeout_s=60)
+            assert not worker.alive
+
+
 def test_a_hang_is_killed_at_the_limit(worker: Worker) -> None:
     worker.call(functions.pid, timeout_s=60)
     start = time.monotonic()

@@ -30,6 +30,10 @@ def pid() -> int:
     return os.getpid()
 
 
+def set_up() -> None:
+    os.environ["PAGEDGEN_TEST"] = "set up"
+
+
 def variable(name: str) -> str | None:
     return os.environ.get(name)
 
