@@ -1,8 +1,8 @@
 """Compiled candidates, kept by content: a run that is started again compiles nothing twice.
 
 The key is a hash of everything that decides the outcome: source text, schedule (warps and stages are options,
-not text), target and compiler version. Failures are kept too; time-outs and crashes are not, they may have
-been the machine's fault. A damaged file counts as missing.
+not text), template hash, target and compiler version. Failures are kept too; time-outs and crashes are not,
+they may have been the machine's fault. A damaged file counts as missing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from pagedgen.autotune.paths import publish, user_cache
 from pagedgen.autotune.worker import Pool
 from pagedgen.compiler.binary import Binary, Source
 from pagedgen.compiler.compile import compile_source, compiler_version
+from pagedgen.compiler.families import family_for, template_hash
+from pagedgen.compiler.render import render
 from pagedgen.errors import CacheUnwritable, CompileError, InvalidValue
 from pagedgen.values import codec
 from pagedgen.values.record import Resources
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.target import Target
 
 COMPILE_S = 120.0  # limit for one candidate; Triton takes 0.2-0.7 s, TVM 0.8 s
 META = "binary.json"
@@ -63,8 +68,11 @@ class BinaryCache:
 
     def path(self, source: Source, compiler: str) -> Path:
         """The file of a source compiled by a compiler (``triton 3.7.1``)."""
+        target = source.target
+        # Alignments and options that the text does not show are decided by what the template hash covers.
+        template = template_hash(family_for(source.spec, target))
         digest = hashlib.sha256()
-        for part in (compiler, source.target.arch, source.target.name, source.schedule.name, source.text):
+        for part in (compiler, template, target.arch, target.name, source.schedule.name, source.text):
             digest.update(part.encode() + b"\0")
         name = digest.hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.zip"
@@ -97,6 +105,25 @@ class BinaryCache:
             archive.writestr("source.py", source.text)
         with suppress(CacheUnwritable):
             publish(self.path(source, compiler), data.getvalue())
+
+
+def compile_one(spec: KernelSpec, target: Target, schedule: Schedule) -> Binary:
+    """The binary of a schedule, from the user's cache where it is there; compiled in this process.
+
+    Raises:
+        CompileError: it does not compile, or it spills.
+        ToolMissing: the compiler is not installed.
+    """
+    cache, source = BinaryCache(), render(spec, target, schedule)
+    compiler = compiler_version(target.kind)
+    known = cache.get(source, compiler)
+    if known is None:
+        binary = compile_source(source)
+        cache.put(source, compiler, binary)
+        known = Compiled.of(binary, fresh=True)
+    if known.binary is None:
+        raise CompileError(f"{schedule.name}: {known.reason}")
+    return known.binary
 
 
 def compile_all(sources: Sequence[Source], pool: Pool, cache: BinaryCache) -> Iterator[Compiled]:

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pagedgen.autotune.device import NONE
+from pagedgen.autotune.device import NONE, stamp_here
 from pagedgen.autotune.paths import locked, publish, user_cache
 from pagedgen.autotune.select import Selection
 from pagedgen.errors import InvalidValue, MalformedFile, RecordConflict
@@ -26,6 +26,7 @@ from pagedgen.values import codec
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
+from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
 FORMAT = 1  # of the file; bumped when an older reader could misread it
@@ -134,12 +135,15 @@ class Database:
             MalformedFile: a file is damaged, or is not what its name says.
         """
         best: Found | None = None
-        for folder in (self.user, self.shipped):
-            for path in _files(folder / target, spec.name):
-                found = self._open(path, spec, target, here)
-                if found is not None and (best is None or _rank(found) > _rank(best)):
-                    best = found
+        for path in self.files(spec, target):
+            found = self._open(path, spec, target, here)
+            if found is not None and (best is None or _rank(found) > _rank(best)):
+                best = found
         return best
+
+    def files(self, spec: KernelSpec, target: str) -> tuple[Path, ...]:
+        """Every file about a spec on a target, whether its records hold here or not."""
+        return tuple(p for folder in (self.user, self.shipped) for p in _files(folder / target, spec.name))
 
     def save(self, entry: Entry) -> Path:
         """Merge an entry into the user cache, atomically; concurrent savers lose nothing. Returns the file.
@@ -187,6 +191,16 @@ class Database:
             raise MalformedFile(path, "spec", f"about {entry.spec.name} on {entry.target}")
         how = fit(entry.stamp, here)
         return None if how is Fit.FOREIGN else Found(entry, path, how)
+
+
+def recorded(spec: KernelSpec, target: Target, database: Database | None = None) -> Found | None:
+    """What is recorded of a spec for this machine's device, or where it has none for any of the target.
+
+    Raises:
+        MalformedFile: a file is damaged, or is not what its name says.
+        Unsupported, ToolMissing: as :func:`pagedgen.autotune.device.stamp_here`.
+    """
+    return (database or Database()).find(spec, target.name, stamp_here(spec, target))
 
 
 def _rank(found: Found) -> tuple[bool, bool, bool]:

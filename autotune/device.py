@@ -10,8 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import pagedgen
+from pagedgen.compiler.compile import compiler_version
+from pagedgen.compiler.families import family_for, template_hash
 from pagedgen.errors import DeviceMissing, Unsupported
+from pagedgen.runtime.machine import cpu_runs
 from pagedgen.values.record import Stamp
+from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import gpu_target, num_cores
 
@@ -34,9 +38,11 @@ ABSENT = Device(NONE, NONE, False)
 def device_of(target: Target) -> Device:
     """This machine's device for ``target``; :data:`ABSENT` when it has no such device."""
     if target.kind == "cpu":
-        return Device(
-            f"{cpu_name()} ({num_cores()} threads)", f"{platform.system()} {platform.release()}", True
-        )
+        if not cpu_runs(target.arch):
+            return ABSENT
+        # Virtual machines hide the model, so the instruction set is part of the name.
+        name = f"{cpu_name()}, {target.arch} ({num_cores()} threads)"
+        return Device(name, f"{platform.system()} {platform.release()}", True)
     try:
         here = gpu_target()
     except (DeviceMissing, Unsupported, ImportError):
@@ -53,6 +59,17 @@ def stamp_of(target: Target, template: str, compiler: str, measured: bool) -> St
     device = device_of(target) if measured else ABSENT
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return Stamp(pagedgen.__version__, template, compiler, device.name, device.driver, date)
+
+
+def stamp_here(spec: KernelSpec, target: Target) -> Stamp:
+    """The stamp of records of a spec made here and now, measured where the target's device is present.
+
+    Raises:
+        Unsupported: no template covers the spec on this target.
+        ToolMissing: the target's compiler is not installed.
+    """
+    template = template_hash(family_for(spec, target))
+    return stamp_of(target, template, compiler_version(target.kind), measured=device_of(target).present)
 
 
 @cache

@@ -48,11 +48,13 @@ def publish(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp makes it private; a cache may be shared
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
-        raise CacheUnwritable(f"{path}: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise CacheUnwritable(f"{path}: {error.strerror or error}") from error
+        raise
 
 
 @contextmanager

@@ -7,16 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pagedgen.autotune.binaries import BinaryCache, Compiled
-from pagedgen.autotune.database import Database
-from pagedgen.autotune.device import stamp_of
+from pagedgen.autotune import database
+from pagedgen.autotune.binaries import compile_one
 from pagedgen.autotune.measure import Clock, Verified, clock_of, gate_variant
 from pagedgen.autotune.suites.report import Row
-from pagedgen.compiler.binary import Binary
-from pagedgen.compiler.compile import compile_source, compiler_version
-from pagedgen.compiler.families import family_for, template_hash
 from pagedgen.compiler.link import link
-from pagedgen.compiler.render import render
 from pagedgen.compiler.space import near_default
 from pagedgen.errors import CompileError
 from pagedgen.runtime.library import Library
@@ -47,53 +42,35 @@ class Pick:
 
 
 def recorded(
-    spec: KernelSpec, target: Target, workload: Workload, database: Database | None = None
+    spec: KernelSpec, target: Target, workload: Workload, records: database.Database | None = None
 ) -> Pick | None:
     """The recorded selection's schedule for a workload; None where nothing is recorded."""
-    template = template_hash(family_for(spec, target))
-    stamp = stamp_of(target, template, compiler_version(target.kind), measured=True)
-    found = (database or Database()).find(spec, target.name, stamp)
+    found = database.recorded(spec, target, records)
     if found is None or found.entry.selection is None:
         return None
     selection = found.entry.selection
     return Pick(selection.pick(workload.num_seqs, workload.max_seq_len), selection.status.value)
 
 
-def pick(spec: KernelSpec, target: Target, workload: Workload, database: Database | None = None) -> Pick:
+def pick(
+    spec: KernelSpec, target: Target, workload: Workload, records: database.Database | None = None
+) -> Pick:
     """The recorded schedule, or the one nearest the family's default that compiles without spilling.
 
     Raises:
         CompileError: none of the nearest does.
     """
-    known = recorded(spec, target, workload, database)
+    known = recorded(spec, target, workload, records)
     if known is not None:
         return known
     for schedule in near_default(spec, target)[:NEAREST]:
         try:
-            compiled(spec, target, schedule)
+            compile_one(spec, target, schedule)
         except CompileError as error:
             problem = error
         else:
             return Pick(schedule, "default")
     raise CompileError(f"the {NEAREST} schedules nearest the default do not compile; the last: {problem}")
-
-
-def compiled(spec: KernelSpec, target: Target, schedule: Schedule) -> Binary:
-    """The binary of a schedule, from the cache where it is there.
-
-    Raises:
-        CompileError: it does not compile, or it spills.
-    """
-    cache, source = BinaryCache(), render(spec, target, schedule)
-    compiler = compiler_version(target.kind)
-    known = cache.get(source, compiler)
-    if known is None:
-        binary = compile_source(source)
-        cache.put(source, compiler, binary)
-        known = Compiled.of(binary, fresh=True)
-    if known.binary is None:
-        raise CompileError(f"{schedule.name}: {known.reason}")
-    return known.binary
 
 
 def ours(
@@ -107,7 +84,7 @@ def ours(
     """
     chosen = pick(spec, target, workload)
     out = folder / f"{spec.name}-{chosen.schedule.hash}.so"
-    library = link([compiled(spec, target, chosen.schedule)], (), out)
+    library = link([compile_one(spec, target, chosen.schedule)], (), out)
     verdict = gate_variant(library, spec, 0, device, 0)
     clock = clock_of(Library(library), spec, workload, Verified(0, chosen.schedule, verdict), device)
     return Contender(name, clock, workload.kv_bytes(spec), f"{chosen.origin}: {chosen.schedule.name}")

@@ -14,9 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from pagedgen.autotune.binaries import compile_one
 from pagedgen.autotune.measure import device_name
 from pagedgen.autotune.suites import Note
-from pagedgen.autotune.suites.contest import compiled, pick
+from pagedgen.autotune.suites.contest import pick
 from pagedgen.autotune.suites.report import Case, Report, Row
 from pagedgen.compiler.build import Choice, build
 from pagedgen.errors import GateFailure
@@ -79,7 +80,7 @@ def run(note: Note) -> Report:
     spec = KernelSpec(Op.DECODE, 128, 32, 8, 16, kind, kind, k_inner=inner)
     chosen = pick(spec, target, WORKLOAD)
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder:
-        binary = compiled(spec, target, chosen.schedule)
+        binary = compile_one(spec, target, chosen.schedule)
         pack = build([Choice((binary,), (Rule(BOUND, BOUND, 0),), ())], Path(folder) / "bench.pack")
         shape = json.dumps(codec.encode(spec))
         arguments = [device_name(target.kind), str(pack), str(CALLS), shape, "float16"]

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pagedgen.errors import InvalidValue
 from pagedgen.values.model import decode_specs, dtype_pairs, find_model
@@ -17,9 +16,6 @@ from pagedgen.values.target import Target
 from pagedgen.values.target_table import cpu_target, detect, target
 from pagedgen.values.trace import Trace, read_trace, sample_trace
 from pagedgen.values.workload import Workload
-
-if TYPE_CHECKING:
-    from pagedgen.autotune.database import Found
 
 DEFAULT_MODEL = "llama-3-8b"
 
@@ -161,24 +157,13 @@ def trace_of(path: Path, seed: int) -> Trace:
     return sample_trace() if str(path) == "sample" and not path.exists() else read_trace(path, seed)
 
 
-def recorded(spec: KernelSpec, where: Target) -> Found | None:
-    """What is recorded of a spec for this machine's device, or where it has none for any of the target."""
-    from pagedgen.autotune.database import Database
-    from pagedgen.autotune.device import device_of, stamp_of
-    from pagedgen.compiler.compile import compiler_version
-    from pagedgen.compiler.families import family_for, template_hash
-
-    template = template_hash(family_for(spec, where))
-    stamp = stamp_of(where, template, compiler_version(where.kind), measured=device_of(where).present)
-    return Database().find(spec, where.name, stamp)
-
-
 def schedule_of(spec: KernelSpec, where: Target, text: str | None) -> tuple[Schedule, str]:
     """The schedule to show and where it comes from: tuned where recorded, else the default; then ``text``.
 
     Raises:
         InvalidValue: no such field or value; the changed schedule is not legal.
     """
+    from pagedgen.autotune.database import recorded
     from pagedgen.compiler.families import family_for
     from pagedgen.compiler.space import default_schedule, feasible
 

@@ -9,15 +9,24 @@ from functools import cache
 from pathlib import Path
 
 from pagedgen.errors import Unsupported
-from pagedgen.templates.family import Family
+from pagedgen.templates.family import TEMPLATES, Family
 from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
+
+HERE = Path(__file__).parent
 
 # (target kind, op) -> the module whose FAMILY renders it. HIP targets share CUDA's Triton templates.
 MODULES = {
     ("cuda", Op.DECODE): "pagedgen.templates.triton.decode",
     ("hip", Op.DECODE): "pagedgen.templates.triton.decode",
     ("cpu", Op.DECODE): "pagedgen.templates.tvm.decode",
+}
+
+
+# Beside its own files, what decides about kernels of a family, by its kind.
+BESIDE = {
+    "cuda": (HERE / "triton.py", TEMPLATES / "launcher" / "gpu.cc.j2"),
+    "cpu": (HERE / "tvm.py", TEMPLATES / "launcher" / "cpu.cc.j2"),
 }
 
 
@@ -37,12 +46,15 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
 
 @cache
 def template_hash(family: Family) -> str:
-    """First 12 hex digits of the SHA-256 over the family's sources; records are stamped with it.
+    """First 12 hex digits of the SHA-256 over all that makes a kernel of the family what it is.
 
-    The family's module counts, since it decides what is rendered in: an edit there may change the kernel.
+    Records are stamped with it and compiled kernels are kept under it. The family's module counts, since it
+    decides what is rendered in; so do the compiler's options and the launcher, which on a CPU shares out the
+    work: an edit of any of them may change the kernel or its time.
     """
     digest = hashlib.sha256()
-    for path in (family.source, *family.shared, Path(inspect.getfile(type(family)))):
+    module = Path(inspect.getfile(type(family)))
+    for path in (family.source, *family.shared, module, *BESIDE[family.kind]):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -17,8 +18,14 @@ def test_the_cpu_is_present_and_its_stamp_states_the_threads() -> None:
     cpu = target("cpu")
     stamp = stamp_of(cpu, "aaaabbbbcccc", "tvm 0.27.0", measured=True)
     assert device_of(cpu).present and stamp.device.endswith(f"({cpu.num_sms} threads)")
+    assert cpu.arch in stamp.device, "records of one instruction set are not another's"
     assert stamp.driver.startswith("Linux ")
     assert datetime.fromisoformat(stamp.date).utcoffset() is not None
+
+
+def test_a_cpu_of_another_instruction_set_is_absent() -> None:
+    arm, x86 = (replace(target("cpu"), arch=arch) for arch in ("aarch64-neon", "x86_64-avx2"))
+    assert ABSENT in (device_of(arm), device_of(x86))
 
 
 def test_a_named_gpu_is_absent_unless_it_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
