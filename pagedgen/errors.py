@@ -96,6 +96,10 @@ class CacheUnwritable(PagedgenError):
     """The user cache cannot be written (read-only folder, full disk): names the path and the cause."""
 
 
+class OutputUnwritable(PagedgenError):
+    """What a command was told to write cannot be written there: names the path and the cause."""
+
+
 class PackError(PagedgenError):
     """Base of what can be wrong with a pack."""
 

@@ -215,10 +215,19 @@ class Attention:
             raise SpecNotInPack(f"spec = {spec.name}: {self._known()}") from None
 
     def prepare(self, device: torch.device | str | int = 0) -> None:
-        """Load every kernel onto a GPU, which otherwise happens in the first call of each; no-op on a CPU."""
+        """Load every kernel onto a GPU, which otherwise happens in the first call of each; no-op on a CPU.
+
+        Raises:
+            ArgumentError: no CUDA device.
+        """
         if self.pack.manifest.kind == "cpu":
             return
-        index = torch.device(device).index or 0
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if device.type != "cuda":
+            raise ArgumentError(
+                f"device = {device}: a CUDA device is expected, the pack's kernels are for one"
+            )
+        index = torch.cuda.current_device() if device.index is None else device.index
         for kernel in self._kernels.values():
             kernel.library.prepare(index)
 

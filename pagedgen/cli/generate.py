@@ -8,6 +8,7 @@ from pathlib import Path
 from pagedgen.cli import console
 from pagedgen.cli.options import Job, schedule_of
 from pagedgen.compiler.render import render
+from pagedgen.errors import OutputUnwritable
 from pagedgen.values import codec
 
 
@@ -19,7 +20,10 @@ def run(job: Job, *, schedule: str | None, out: Path | None, as_json: bool) -> N
     source = render(spec, job.target, chosen)
     console.note(f"{spec.name} for {job.target.name} ({job.target.arch}); schedule {chosen.name} ({origin})")
     if out is not None:
-        out.write_text(source.text, encoding="utf-8")
+        try:
+            out.write_text(source.text, encoding="utf-8")
+        except OSError as error:
+            raise OutputUnwritable(f"{out}: {error.strerror or error}") from error
         console.note(f"wrote {out}")
     if as_json:
         console.emit(

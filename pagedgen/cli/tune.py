@@ -15,7 +15,7 @@ from pagedgen.autotune.tune import Effort, TuneResult, Workshop, tune
 from pagedgen.cli import build, console
 from pagedgen.cli.options import Job, seconds, trace_of
 from pagedgen.cli.trial import Decoded, try_pack
-from pagedgen.compiler.build import check_replaceable
+from pagedgen.compiler.build import check_place
 from pagedgen.compiler.families import family_for
 from pagedgen.errors import InvalidValue
 from pagedgen.values import codec
@@ -50,7 +50,7 @@ def run(
         raise InvalidValue("effort", effort, f"allowed: {', '.join(Effort)}")
     budget_s = seconds(budget) if budget else None
     if out is not None:
-        check_replaceable(out)
+        check_place(out)
     for spec in job.specs:
         family_for(spec, job.target)
     present = device_of(job.target).present
@@ -83,7 +83,7 @@ def run(
     tried: list[Decoded] = []
     if out is not None:
         entries = [Entry(r.spec, r.target.name, r.records, r.selection) for r in results]
-        build.write(job.target, entries, out)
+        build.write(job.target, entries, out, gate=False)  # they passed just now, or cannot run here
         if not as_json:
             build.report(out, entries, as_json=False)
         if present:

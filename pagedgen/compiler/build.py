@@ -23,7 +23,7 @@ from pathlib import Path
 import pagedgen
 from pagedgen.compiler.binary import Binary
 from pagedgen.compiler.link import LAUNCHER, Embed, assemble, common, compile_library
-from pagedgen.errors import InvalidValue, PackDamaged, PackExists, PackForeign
+from pagedgen.errors import InvalidValue, OutputUnwritable, PackDamaged, PackExists, PackForeign
 from pagedgen.runtime.machine import host
 from pagedgen.runtime.pack import open_pack, read_manifest
 from pagedgen.values import codec
@@ -73,6 +73,7 @@ def build(choices: Sequence[Choice], out: Path | str, *, embed: Embed = "both") 
     Raises:
         InvalidValue: no choice, several for one spec, or several targets.
         PackExists: something at ``out`` is not, or not only, a pack of ours.
+        OutputUnwritable: the place cannot be written: read-only folder, full disk.
         CompileError, HostCompilerMissing: the launcher did not compile.
     """
     if not choices:
@@ -87,7 +88,6 @@ def build(choices: Sequence[Choice], out: Path | str, *, embed: Embed = "both") 
             raise InvalidValue("choices", one.spec.name, "one choice a spec is expected")
     out = Path(out).resolve()
     check_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with _workplace(out) as folder:
         pack = folder / "pack"
         pack.mkdir()
@@ -162,9 +162,36 @@ def check_replaceable(out: Path) -> None:
             raise PackExists(f"{out} is a pack, but {name} in it is not of it: move that away")
 
 
+def check_place(out: Path | str) -> None:
+    """Whether a pack can be written at ``out``, so that nobody tunes for an hour first; tries it.
+
+    Raises:
+        PackExists: as :func:`check_replaceable`.
+        OutputUnwritable: no folder can be made there.
+    """
+    out = Path(out).resolve()
+    check_replaceable(out)
+    with _workplace(out):
+        pass
+
+
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out``, locked while its builder lives; those of dead builders are removed."""
+    """A hidden folder beside ``out``, locked while its builder lives; those of dead builders are removed.
+
+    Raises:
+        OutputUnwritable: it cannot be made, or what happens in it meets a disk that is full or broken.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _locked_folder(out) as folder:
+            yield folder
+    except OSError as error:
+        raise OutputUnwritable(f"{out}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked_folder(out: Path) -> Iterator[Path]:
     prefix = f".{out.name}.building-"
     for left in out.parent.glob(f"{prefix}*"):
         with _try_lock(left / "lock") as dead:

@@ -209,7 +209,7 @@ def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Ten
         magnitude[row] = (torch.einsum("hgt,thd->hgd", weights, v.abs()) + lost[:, None]).flatten(0, 1)
         if spec.q_dtype is DType.F32:
             # A score summed in float32 errs by up to 2^-22 of its terms, and its weight by as much of itself.
-            # Nothing at the 7 or so that terms usually sum to; more than all else where e5m2's reach thousands.
+            # Nothing at the 7 or so that terms usually sum to; more than all else where e5m2's are thousands.
             terms = torch.einsum("hgd,thd->hgt", q.abs(), k.abs()) * inputs.softmax_scale * weights
             moved = torch.einsum("hgt,thd->hgd", terms, v.abs()).flatten(0, 1)
             moved += out[row].abs() * terms.sum(-1).flatten()[:, None]
