@@ -137,3 +137,11 @@ class BlockIndex:
         """Take indexed blocks out."""
         self._entries[self.place.take(blocks)] = _EMPTY
         self.place[blocks] = -1
+
+    def move(self, blocks: I32, to: I32) -> None:
+        """Other blocks take over the fingerprints of indexed ones."""
+        places = self.place.take(blocks)
+        self._entries[places] = self._entries.take(places) & ~_BLOCK | to.astype(np.uint32)
+        self.lane_a[to], self.lane_b[to] = self.lane_a.take(blocks), self.lane_b.take(blocks)
+        self.place[blocks] = -1
+        self.place[to] = places

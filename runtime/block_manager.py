@@ -25,6 +25,8 @@ from pagedgen.runtime.block_pool import PRIORITIES, BlockPool
 from pagedgen.runtime.fingerprint import ExtraKey, Salt, check_extra, check_salt, token_array
 from pagedgen.runtime.layer_group import LayerGroup
 from pagedgen.runtime.prefix_cache import PrefixCache, PrefixMatch
+from pagedgen.runtime.run_pool import RunPool
+from pagedgen.runtime.run_table import RunGroup
 from pagedgen.runtime.sequence_prefixes import SequencePrefixes
 from pagedgen.runtime.sequence_table import SequenceTable
 from pagedgen.runtime.stats import Counters, Stats
@@ -95,6 +97,8 @@ class BlockManager:
         num_host_blocks: blocks of host memory that sequences can be swapped out to.
         verify_tokens: prove every prefix hit token by token; see :class:`PrefixCache`.
         secret: fixes the fingerprints' keys; None (safer): random.
+        adaptive: experimental: place the blocks of a sequence side by side, in runs of up to 256 tokens; for
+            ``block_size`` 16 without windows. See :class:`RunPool`, :meth:`run_table`, :meth:`compact`.
 
     Raises:
         InvalidPool: an argument is out of range.
@@ -115,6 +119,7 @@ class BlockManager:
         num_host_blocks: int = 0,
         verify_tokens: bool = False,
         secret: bytes | None = None,
+        adaptive: bool = False,
     ) -> None:
         _check_int("block_size", block_size, 1, 1 << 16)
         _check_int("max_seq_len", max_seq_len, 1, 1 << 27)
@@ -127,13 +132,18 @@ class BlockManager:
         for window in windows:
             if window is not None:
                 _check_int("windows", window, 1, 1 << 27)
+        if adaptive and (block_size != 16 or any(window is not None for window in windows)):
+            allowed = f"False is allowed with block_size = {block_size}, windows = {tuple(windows)}"
+            raise InvalidPool("adaptive", adaptive, f"{allowed}; it needs block_size 16 and no window")
         self.block_size, self.max_seq_len, self.lookahead = block_size, max_seq_len, lookahead
         self.windows = tuple(windows)
-        self.pool = BlockPool(num_blocks)
+        self._runs = RunPool(num_blocks) if adaptive else None
+        self.pool: BlockPool = self._runs or BlockPool(num_blocks)
         self.seqs = SequenceTable(max_num_seqs)
         self.swap = SwapSpace(num_host_blocks)
         self.max_blocks = -(-(max_seq_len + lookahead) // block_size)
-        self.groups = [LayerGroup(max_num_seqs, self.max_blocks, window) for window in windows]
+        kind = RunGroup if adaptive else LayerGroup
+        self.groups: list[LayerGroup] = [kind(max_num_seqs, self.max_blocks, window) for window in windows]
         self.cache: PrefixCache | None = None
         self.prefixes: SequencePrefixes | None = None
         if prefix_caching:
@@ -667,6 +677,103 @@ class BlockManager:
         self._release(sources, counts.astype(np.int32))
         return copies
 
+    # Runs (adaptive)
+
+    def run_table(self, seqs: Sequence[int] | I64, group: int = 0) -> I32:
+        """Runs of blocks that lie side by side in the pool: int32 ``[n, most runs, 2]``.
+
+        Entries are (first block, blocks) in the order of the sequence's tokens, (0, 0) behind the last.
+
+        Raises:
+            InvalidPool: the manager is not adaptive.
+            See :meth:`SequenceTable.rows`.
+        """
+        rows = self.seqs.rows(seqs)
+        place = self.groups[group]
+        if not isinstance(place, RunGroup):
+            raise InvalidPool("adaptive", False, "True is needed for run tables")
+        counts = -(-self.seq_lens.take(rows) // self.block_size)
+        runs = [place.runs(row, n) for row, n in zip(rows.tolist(), counts.tolist(), strict=True)]
+        table = np.zeros((len(runs), max((part.shape[0] for part in runs), default=0), 2), np.int32)
+        for out, part in zip(table, runs, strict=True):
+            out[: part.shape[0]] = part
+        return table
+
+    def compact(self, max_moves: int) -> I32:
+        """Move scattered blocks into aligned runs.
+
+        Only blocks that one sequence alone has, and whose KV is computed, are moved.
+
+        Args:
+            max_moves: at most this many blocks.
+
+        Returns:
+            int32 ``[n, 2]`` of (source, destination) blocks, as of :meth:`take_copies` but to be copied at
+            once, before what later calls return.
+
+        Raises:
+            InvalidPool: the manager is not adaptive, or ``max_moves`` is below 1.
+        """
+        _check_int("max_moves", max_moves, 1, 1 << 31)
+        if self._runs is None:
+            raise InvalidPool("adaptive", False, "True is needed to compact")
+        sources: list[I32] = []
+        targets: list[I32] = []
+        left = max_moves
+        for _, index, row, first, last in sorted(self._scattered(self._runs.run_blocks), reverse=True):
+            n = last - first
+            piece = self._runs.take_piece(n) if n <= left else None
+            if piece is None:
+                continue
+            group = self.groups[index]
+            target = self._evict_for(*piece)
+            source = group.table[row, first:last].copy()
+            self.pool.priority[target] = self.pool.priority.take(source)
+            group.set_row(row, first, target)
+            sources.append(source)
+            targets.append(target)
+            self._set_tail(row)
+            left -= n
+        if not sources:
+            return np.empty((0, 2), np.int32)
+        moved, to = np.concatenate(sources), np.concatenate(targets)
+        if self.cache is not None:
+            self.cache.move(moved, to)
+        self.pool.discard(self.pool.drop(moved))
+        self.counters.compacted_blocks += moved.size
+        return np.stack((moved, to), axis=1)
+
+    def _scattered(self, run_blocks: int) -> list[tuple[int, int, int, int, int]]:
+        """Stretches worth moving: (blocks in short runs, group, row, first, last column).
+
+        A stretch is what may fill one run: an aligned one of its sequence's columns, most of it in runs below
+        a quarter of the largest.
+        """
+        found = []
+        pending = np.fromiter(self._copies, np.int32, len(self._copies))
+        for seq in self.seqs.handles:
+            row = self.seqs.row(seq)
+            count = -(-int(self.seq_lens[row]) // self.block_size)
+            if not count or self.seqs.is_suspended(row) or self._step_of[row] == self._step:
+                continue
+            for index, group in enumerate(self.groups):
+                blocks = group.table[row, :count]
+                lengths = group.runs(row, count)[:, 1] if isinstance(group, RunGroup) else EMPTY
+                short = np.repeat(lengths < max(2, run_blocks // 4), lengths)
+                if not short.any():
+                    continue
+                fixed = self.pool.refs.take(blocks) != 1
+                if pending.size:
+                    fixed |= np.isin(blocks, pending)
+                firsts = np.arange(0, count, run_blocks)
+                worth = np.add.reduceat(short, firsts, dtype=np.int64)
+                bound = np.logical_or.reduceat(fixed, firsts)
+                sizes = np.minimum(count - firsts, run_blocks)
+                for i in np.flatnonzero(~bound & (2 * worth >= sizes) & (sizes > 1)).tolist():
+                    first = int(firsts[i])
+                    found.append((int(worth[i]), index, row, first, first + int(sizes[i])))
+        return found
+
     # Pins
 
     def pin(self, seq: int) -> int:
@@ -752,7 +859,15 @@ class BlockManager:
         return OutOfBlocks(needed, max(0, free)) if needed > free else None
 
     def _take(self, n: int) -> I32:
-        blocks, evicted = self.pool.take(n)
+        return self._evict_for(*self.pool.take(n))
+
+    def _take_behind(self, runs: RunPool, rows: I64, columns: I32 | I64, counts: I32) -> I32:
+        """For each group, ``counts[i]`` blocks for the columns of ``rows[i]`` from ``columns[i]`` on."""
+        before = [np.where(columns > 0, g.get(rows, np.maximum(columns - 1, 0)), -1) for g in self.groups]
+        previous = np.concatenate(before).astype(np.int32)
+        return self._evict_for(*runs.take_after(previous, np.tile(counts, len(self.groups))))
+
+    def _evict_for(self, blocks: I32, evicted: I32) -> I32:
         if evicted.size and self.cache is not None:
             self.cache.forget(evicted)
             self.counters.evicted_blocks += evicted.size
@@ -796,7 +911,11 @@ class BlockManager:
         n = self._blocks_for(end) - have
         if n <= 0:
             return
-        blocks = self._take(n * len(self.groups))
+        if self._runs is None:
+            blocks = self._take(n * len(self.groups))
+        else:
+            at, column, count = np.array([row]), np.array([have]), np.array([n], np.int32)
+            blocks = self._take_behind(self._runs, at, column, count)
         priority = int(self._priority[row])
         if priority:
             self.pool.priority[blocks] = priority
@@ -809,6 +928,7 @@ class BlockManager:
         have = self._capacity.take(rows)
         self._capacity[rows] = have + (self.block_size if grow is None else grow * self.block_size)
         columns = have // self.block_size
+        ends, tips = columns, rows
         if grow is not None:
             counts = grow.astype(np.int64)
             before = counts.cumsum() - counts
@@ -816,7 +936,11 @@ class BlockManager:
             rows = np.repeat(rows, counts)
             columns = np.repeat(columns, counts) + steps.astype(np.int32)
         n = rows.size
-        blocks = self._take(n * len(self.groups))
+        if self._runs is None:
+            blocks = self._take(n * len(self.groups))
+        else:
+            each = np.ones(n, np.int32) if grow is None else grow.astype(np.int32)
+            blocks = self._take_behind(self._runs, tips, ends, each)
         for i, group in enumerate(self.groups):
             part = blocks[i * n : (i + 1) * n]
             group.set(rows, columns, part)
@@ -922,7 +1046,11 @@ class BlockManager:
             if self.cache is not None and plan.kept.size:
                 self.cache.forget(plan.kept[self.cache.holds(plan.kept)])
             if plan.needed:
-                blocks = self._take(plan.needed)
+                if self._runs is None:
+                    blocks = self._take(plan.needed)
+                else:  # each copy is the end of another sequence: they do not belong together
+                    apart = np.full(plan.needed, -1, np.int32)
+                    blocks = self._evict_for(*self._runs.take_after(apart, np.ones_like(apart)))
                 self.pool.priority[blocks] = self.pool.priority.take(plan.shared)
                 group.set(plan.rows, (self.seq_lens.take(plan.rows) - 1) // self.block_size, blocks)
                 group.tails[plan.rows] = blocks

@@ -104,6 +104,11 @@ class ExactStore:
         self._tokens[blocks] = tokens
         self._mark[blocks], self._link[blocks], self._identity[blocks] = marks, links, identities
 
+    def move(self, blocks: I32, to: I32) -> None:
+        """Other blocks take over tokens, links and identities."""
+        for array in (self._tokens, self._identity, self._link, self._mark):
+            array[to] = array.take(blocks, axis=0)
+
     def _new(self, n: int) -> I64:
         self._next += n
         return np.arange(self._next - n, self._next, dtype=np.int64)

@@ -228,6 +228,20 @@ class PrefixCache:
         """Registered blocks lose their content."""
         self.index.remove(blocks)
 
+    def move(self, blocks: I32, to: I32) -> None:
+        """The content of computed blocks is copied to others, which take their place."""
+        held = self.holds(blocks)
+        blocks, to = blocks[held], to[held]
+        if not blocks.size:
+            return
+        self.index.move(blocks, to)
+        if self.exact is not None:
+            self.exact.move(blocks, to)
+        rows = np.flatnonzero(np.isin(self._tail_block, blocks))
+        order = np.argsort(blocks)
+        at = np.searchsorted(blocks, self._tail_block.take(rows), sorter=order)
+        self._tail_block[rows] = to[order[at]]
+
     def _common_length(self, found: Sequence[I32], limit: int) -> int:
         """The most whole blocks, at most ``limit``, such that every group holds all it needs of them."""
         windowed: list[tuple[I32, int]] = []

@@ -23,6 +23,7 @@ class Counters:
     swapped_in_blocks: int = 0
     swap_saved_blocks: int = 0  # not copied back: the cache still held them
     preempted: int = 0  # sequences swapped out
+    compacted_blocks: int = 0  # moved into runs
     refused: int = 0  # calls that ended in OutOfBlocks
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pagedgen.errors import (
     FreedTwice,
     InvalidLength,
+    InvalidPool,
     OutOfBlocks,
     OutOfHostBlocks,
     PagedgenError,
@@ -31,6 +33,7 @@ from pagedgen.errors import (
 from pagedgen.runtime.block_manager import BlockManager
 from pagedgen.runtime.fingerprint import ExtraKey
 from pagedgen.runtime.kv_cache import KVCache, KVShape
+from pagedgen.runtime.run_pool import RunPool
 from pagedgen.values.spec import DType
 
 MASK = (1 << 63) - 1
@@ -66,6 +69,7 @@ class World:
         num_blocks: int,
         block_size: int,
         windows: tuple[int | None, ...] = (None,),
+        run_blocks: int = 16,
         **options: object,
     ) -> None:
         self.random = random.Random(seed)
@@ -74,6 +78,10 @@ class World:
             num_blocks, block_size, max_num_seqs=7, max_seq_len=self.max_len, windows=windows,
             num_host_blocks=20, secret=seed.to_bytes(16, "little"), **options,
         )  # fmt: skip
+        self.runs = self.manager._runs
+        if self.runs is not None and run_blocks != 16:  # so that this small pool has many runs
+            self.manager.pool = self.manager._runs = self.runs = RunPool(num_blocks, run_blocks)
+        self.moves = 0
         # A real KV cache, one layer a group, whose K and V of a token are eight bytes each: one model value.
         shape = KVShape(len(windows), num_kv_heads=1, head_dim=2, block_size=block_size, dtype=DType.F32)
         self.cache = KVCache(shape, num_blocks, num_host_blocks=self.manager.swap.num_blocks)
@@ -225,6 +233,41 @@ class World:
         self.cache.swap_in(pairs)
         self.seqs[handle] = self.swapped.pop(handle)
 
+    def compact(self) -> None:
+        """Scattered blocks move; what they leave behind is overwritten, so that a stale reader shows."""
+        if self.runs is None:
+            with pytest.raises(InvalidPool):
+                self.manager.compact(1)
+            return
+        most = self.random.choice([1, 4, 16, 100])
+        before = self.manager.pool.num_free
+        pairs = self.manager.compact(most)
+        assert len(pairs) <= most and before == self.manager.pool.num_free
+        assert len({*pairs.ravel().tolist()}) == pairs.size
+        self.cache.copy_blocks(pairs)
+        self.kv[:, :, pairs[:, 0]] = -1
+        self.moves += len(pairs)
+
+    def check_runs(self) -> None:
+        """Maps and run tables say what owners and block tables say."""
+        pool = self.runs
+        assert pool is not None
+        is_open = (pool.refs == 0) & ((pool._places < 0) | (pool.priority == 0))
+        bits = np.zeros(pool._maps.size * pool.run_blocks, np.int64)
+        bits[: pool.num_blocks] = is_open
+        maps = (bits.reshape(-1, pool.run_blocks) << np.arange(pool.run_blocks)).sum(axis=1)
+        assert (maps == pool._maps).all()
+        whole = {run for run, stamp in pool._whole if pool._is_whole(run, stamp)}
+        assert whole == set(np.flatnonzero(maps == (1 << pool.run_blocks) - 1).tolist())
+        handles = [h for h in self.seqs if self.random.random() < 0.5]
+        for index in range(len(self.manager.groups)):
+            table = self.manager.run_table(handles, index)
+            for handle, runs in zip(handles, table.tolist(), strict=True):
+                walked = [start + i for start, length in runs for i in range(length)]
+                assert walked == self.manager.blocks(handle, index).tolist()
+                ends = [(a + n, b) for (a, n), (b, m) in pairwise(runs) if m]
+                assert all(end != start for end, start in ends)  # runs are as long as they can be
+
     def settle(self, handle: int) -> None:
         """What others were admitted on may not be dropped before it is computed."""
         if (
@@ -314,7 +357,11 @@ class World:
         assert sorted(host) == np.flatnonzero(~manager.swap._free).tolist()
         assert manager.swap.num_free == manager.swap.num_blocks - len(host)
         free = set(np.flatnonzero(refs == 0).tolist())
+        if self.runs is not None:
+            self.check_runs()
         clean = pool._clean[: pool._num_clean].tolist() + list(range(pool._fresh, pool.num_blocks))
+        if self.runs is not None:
+            clean = np.flatnonzero((pool.refs == 0) & (pool._places < 0)).tolist()
         queued = []
         for level, queue in enumerate(pool._queues):
             for place in range(queue._head, queue._tail):
@@ -378,6 +425,8 @@ class World:
             self.manager.unpin(self.pins.pop(0))
         if self.random.random() < 0.002:
             self.manager.clear_cache()
+        if self.runs is not None and self.random.random() < 0.1:
+            self.compact()
         handles = list(self.seqs)
         handle = self.random.choice(handles) if handles else None
         kind = self.random.random()
@@ -415,6 +464,8 @@ def state(manager: BlockManager) -> list[bytes]:
     arrays += manager.prefixes.arrays if manager.prefixes else ()
     for group in manager.groups:
         arrays += [group.table, group.tails, group.starts]
+    if manager._runs is not None:
+        arrays += [manager._runs._maps, manager._runs._orders, manager._runs._tips]
     if manager.cache:
         arrays += [manager.cache.index._table, manager.cache.index.place, manager.cache._tail_block]
     rest = [
@@ -438,6 +489,24 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
     "window": {"num_blocks": 40, "block_size": 4, "windows": (9,), "lookahead": 2},
     "hybrid": {"num_blocks": 70, "block_size": 4, "windows": (6, None, 11)},
     "verified": {"num_blocks": 40, "block_size": 4, "verify_tokens": True},
+    "adaptive": {"num_blocks": 43, "block_size": 16, "adaptive": True, "match_unit": 4},
+    "adaptive_tight": {"num_blocks": 30, "block_size": 16, "adaptive": True, "run_blocks": 4},
+    "adaptive_verified": {
+        "num_blocks": 90,
+        "block_size": 16,
+        "adaptive": True,
+        "run_blocks": 4,
+        "verify_tokens": True,
+        "lookahead": 18,
+        "windows": (None, None),
+    },
+    "adaptive_no_cache": {
+        "num_blocks": 32,
+        "block_size": 16,
+        "adaptive": True,
+        "run_blocks": 4,
+        "prefix_caching": False,
+    },
     "verified_hybrid": {"num_blocks": 70, "block_size": 4, "verify_tokens": True, "windows": (None, 6)},
 }
 
@@ -480,6 +549,10 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def bad_call(self) -> None:
         self.world.bad_call()
+
+    @rule()
+    def compact(self) -> None:
+        self.world.compact()
 
     @rule()
     def forward(self) -> None:
@@ -536,17 +609,24 @@ def test_random_runs() -> None:
         assert world.failures > 0, name  # pressure was real
         if world.manager.cache is not None:
             assert world.hits > 0, name
+        if world.runs is not None:
+            assert world.moves > 0, name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--operations", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="configurations whose name begins with this")
     options = parser.parse_args()
-    each = -(-options.operations // len(CONFIGURATIONS))
-    for name in CONFIGURATIONS:
+    names = [name for name in CONFIGURATIONS if name.startswith(options.only)]
+    each = -(-options.operations // len(names))
+    for name in names:
         world = run(name, options.seed, each)
-        print(f"{name}: {world.operations} operations, {world.failures} refused, {world.hits} cached tokens")
+        print(
+            f"{name}: {world.operations} operations, {world.failures} refused, {world.hits} cached tokens, "
+            f"{world.moves} blocks compacted"
+        )
 
 
 if __name__ == "__main__":
