@@ -538,3 +538,18 @@ def test_a_million_blocks_take_less_than_64_mb() -> None:
     full_queue = 2 * 4 * m.pool.num_blocks  # what the eviction queue grows to
     tables = 4 * m.pool.num_blocks
     assert m.stats().host_bytes + full_queue + tables <= 64_000_000
+
+
+def test_adaptive_places_side_by_side_and_says_what_it_needs() -> None:
+    for options in ({"block_size": 8}, {"windows": (64,)}):
+        with pytest.raises(InvalidPool, match="adaptive = True"):
+            BlockManager(64, adaptive=True, **options)
+    with pytest.raises(InvalidPool, match="adaptive = False"):
+        BlockManager(64).run_table([])
+    manager = BlockManager(64, adaptive=True)
+    seqs = [manager.allocate([i] * 20).seq for i in range(3)]
+    for token in range(200):  # they grow in turns, each inside its own run
+        manager.append_step(seqs, [token] * 3)
+        manager.take_copies()
+    assert manager.run_table(seqs).tolist() == [[[0, 14]], [[16, 14]], [[32, 14]]]
+    assert manager.compact(16).shape == (0, 2)
