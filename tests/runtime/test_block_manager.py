@@ -542,9 +542,9 @@ def test_a_million_blocks_take_less_than_64_mb() -> None:
 
 def test_adaptive_places_side_by_side_and_says_what_it_needs() -> None:
     for options in ({"block_size": 8}, {"windows": (64,)}):
-        with pytest.raises(InvalidPool, match="adaptive = True"):
+        with pytest.raises(errors.InvalidPool, match="adaptive = True"):
             BlockManager(64, adaptive=True, **options)
-    with pytest.raises(InvalidPool, match="adaptive = False"):
+    with pytest.raises(errors.InvalidPool, match="adaptive = False"):
         BlockManager(64).run_table([])
     manager = BlockManager(64, adaptive=True)
     seqs = [manager.allocate([i] * 20).seq for i in range(3)]
