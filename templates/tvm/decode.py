@@ -142,14 +142,17 @@ class TvmDecode(Family):
         k_vectors = (1, 2, 4) if inner else (1,)
         row = spec.head_dim // math.gcd(lanes[-1], spec.head_dim)  # vectors in a row of V
         v_vectors = divisors(row, 16)
-        # K is decoded once, for all heads of the group; V is better read in long rows. As many vectors stand
-        # beside the heads as half of the registers hold.
+        # The defaults are what was fastest on Zen 4. K is decoded once, for all heads of the group. V is read
+        # in whole rows, as it lies in memory, though it is decoded again for every two heads: 1.1x half rows.
+        # fp8 and groups of 16 and more are bound by compute, and take more heads at once.
         half = level.registers // 2
         k_head = _nearest(k_heads, half if inner else 4)
-        v_head = _nearest(heads, 4)
+        v_head = _nearest(heads, max(4 if spec.kv_dtype.is_fp8 else 1, half // v_vectors[-1], group // 4))
         return (
             Field("lanes", lanes, lanes[-1], "float32 lanes of a vector"),
-            Field("tile", (16, 32, 64, 128), 64, "tokens processed together"),
+            Field(
+                "tile", (16, 32, 64, 128), 64 if spec.kv_dtype.is_fp8 else 128, "tokens processed together"
+            ),
             Field("dot", dots, dots[-1], "products in float32 (FMA) or on bf16 pairs (vdpbf16ps)"),
             Field("k_heads", k_heads, k_head, "query heads of the register block of q @ K^T"),
             Field(
@@ -162,7 +165,7 @@ class TvmDecode(Family):
                 _largest(v_vectors, half // v_head),
                 "vectors of head_dim of that block",
             ),
-            Field("streams", (2, 4, 8), 4, "places of the tile from which rows of V are read in turn"),
+            Field("streams", (2, 4, 8), 8, "places of the tile from which rows of V are read in turn"),
             Field("ahead", (0, 1, 2), 1, "tiles between a read and its prefetch; 0: no prefetching"),
             Field("into", ("l1", "l2"), "l2", "the cache that is prefetched into"),
         )
