@@ -160,7 +160,8 @@ def check_replaceable(out: Path) -> None:
         name = path.relative_to(out).as_posix()
         if name not in listed and (path.is_symlink() or not path.is_dir()):
             if {entry.path for entry in read_manifest(out).files} | {MANIFEST} != listed:
-                return check_replaceable(out)  # another build has just replaced the pack: look again
+                check_replaceable(out)  # another build has just replaced the pack: look again
+                return
             raise PackExists(f"{out} is a pack, but {name} in it is not of it: move that away")
 
 
