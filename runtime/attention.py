@@ -212,7 +212,8 @@ class Attention:
         try:
             return self._kernels[spec]
         except KeyError:
-            raise SpecNotInPack(f"spec = {spec.name}: {self._known()}") from None
+            name = spec.name if isinstance(spec, KernelSpec) else repr(spec)
+            raise SpecNotInPack(f"spec = {name}: {self._known()}") from None
 
     def prepare(self, device: torch.device | str | int = 0) -> None:
         """Load every kernel onto a GPU, which otherwise happens in the first call of each; no-op on a CPU.

@@ -54,6 +54,12 @@ def test_everything_that_decides_the_outcome_is_in_the_key(cache: BinaryCache, o
     assert cache.get(source(), "triton 3.8.0") is None
 
 
+def test_a_binary_of_other_compiler_options_is_a_miss(cache: BinaryCache, monkeypatch) -> None:
+    cache.put(source(), COMPILER, binary(source()))
+    monkeypatch.setattr("pagedgen.autotune.binaries.template_hash", lambda family: "after an edit")
+    assert cache.get(source(), COMPILER) is None
+
+
 def test_spills_and_errors_are_kept_as_what_they_are(cache: BinaryCache) -> None:
     cache.put(source(1), COMPILER, binary(source(1), spill=24))
     cache.put(source(2), COMPILER, CompileError("out of shared memory"))

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 MAIN = "from pagedgen.cli import main; main()"
 HEAVY = ("torch", "triton", "tvm", "optuna", "sympy", "jinja2", "numpy")
 
@@ -72,3 +74,42 @@ main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 130, (done.returncode, signal.SIGINT, done.stderr)
     assert done.stderr == "error: interrupted\n"
+
+
+def test_an_ended_job_cleans_up(tmp_path):
+    """What a scheduler or ``timeout`` sends leaves no folder and no process behind."""
+    code = f"""
+import os, signal, sys, tempfile
+import pagedgen.cli.lists as lists
+def show(**_):
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+        os.kill(os.getpid(), signal.SIGTERM)
+lists.show_models = show
+sys.argv = ["pagedgen", "models"]
+{MAIN}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "command"),
+    [
+        ("typer", "tune", "--help"),
+        ("rich", "tune", "targets"),
+        ("jinja2", "tune", "generate --gpu h100"),
+        ("sympy", "tune", "explain --gpu h100"),
+        ("optuna", "tune", "tune --gpu h100"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_names_its_extra(package, extra, command):
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+sys.argv = ["pagedgen", *{command.split()!r}]
+{MAIN}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {package} is not installed: pip install 'pagedgen[{extra}]'\n"

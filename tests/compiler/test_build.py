@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,9 +19,9 @@ import pytest
 
 import pagedgen
 from pagedgen.compiler import build as build_module
-from pagedgen.compiler.build import Choice, build
+from pagedgen.compiler.build import Choice, build, check_place
 from pagedgen.compiler.link import LAUNCHER, flags, host_compiler, libraries
-from pagedgen.errors import CompileError, InvalidValue, PackExists
+from pagedgen.errors import CompileError, InvalidValue, OutputUnwritable, PackExists
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.machine import host
 from pagedgen.runtime.pack import open_pack
@@ -158,6 +159,29 @@ def test_a_failed_build_leaves_the_old_pack(tmp_path, choice, monkeypatch):
         build([choice], out)
     assert {name: (out / name).read_bytes() for name in names(out)} == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.pack"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, choice):
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "x.pack"
+    for attempt in (lambda: build([choice], place), lambda: check_place(place)):
+        with pytest.raises(OutputUnwritable, match=r"file/x\.pack: "):
+            attempt()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, choice, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(build_module, "compile_library", full)
+    with pytest.raises(OutputUnwritable, match=r"x\.pack: No space left"):
+        build([choice], tmp_path / "x.pack")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trying_a_place_leaves_nothing(tmp_path):
+    check_place(tmp_path / "x.pack")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_build_leaves_no_pack_and_the_next_one_cleans_up(tmp_path, choice):

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from pagedgen.compiler.cost import predict
-from pagedgen.compiler.families import family_for, template_hash
+from pagedgen.compiler.families import BESIDE, family_for, template_hash
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.templates.triton.decode import block_h
 from pagedgen.values.schedule import Schedule
@@ -90,4 +90,12 @@ def test_template_hash_follows_the_sources(make_spec, h100, tmp_path, monkeypatc
     monkeypatch.setattr(type(family), "source", copy)
     template_hash.cache_clear()
     assert template_hash(family) != before
+    monkeypatch.undo()
+    launcher = tmp_path / "gpu.cc.j2"
+    launcher.write_text("another launcher\n")
+    monkeypatch.setitem(BESIDE, "cuda", (BESIDE["cuda"][0], launcher))
     template_hash.cache_clear()
+    assert template_hash(family) != before
+    monkeypatch.undo()
+    template_hash.cache_clear()
+    assert template_hash(family) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import pagedgen
 from pagedgen.compiler.build import build
 from pagedgen.compiler.verify import cases_of, gate, judge, make_inputs
 from pagedgen.errors import ArgumentError, PagedgenError, SpecNotInPack
+from pagedgen.runtime.attention import Attention
 
 LENS = (5, 100, 0, 33, 1, 64)
 
@@ -233,6 +235,26 @@ def test_calls_of_many_threads(attention, plain):
 
 def test_prepare_is_nothing_on_a_cpu(attention):
     attention.prepare()
+
+
+def test_prepare_takes_a_cuda_device_and_by_default_the_current_one(attention, monkeypatch):
+    prepared = []
+    library = type("Library", (), {"prepare": staticmethod(prepared.append)})
+    gpu = object.__new__(Attention)
+    manifest = replace(attention.pack.manifest, kind="cuda", arch="sm_90")
+    gpu.pack = replace(attention.pack, manifest=manifest)
+    gpu._kernels = {0: type("Kernel", (), {"library": library})}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device in (2, "cuda:1", torch.device("cuda", 0), "cuda"):
+        gpu.prepare(device)
+    assert prepared == [2, 1, 0, 3]
+    with pytest.raises(ArgumentError, match="device = cpu: a CUDA device"):
+        gpu.prepare("cpu")
+
+
+def test_a_spec_that_is_none_is_named(attention):
+    with pytest.raises(SpecNotInPack, match=r"spec = 'decode': the pack holds decode-"):
+        attention.kernel("decode")
 
 
 def test_errors_of_the_library_are_pagedgens_own(attention, plain):
