@@ -45,6 +45,11 @@ def segfault(word: object = None) -> None:
     ctypes.string_at(0)
 
 
+def crashing_gate(library: Path, spec: KernelSpec, variant: int, device: str, seed: int) -> Verdict:
+    segfault()
+    raise AssertionError("a segmentation fault was survived")
+
+
 def hang(seconds: float = 3600) -> None:
     say("hanging")
     time.sleep(seconds)

@@ -173,6 +173,13 @@ def test_build_without_records_says_what_to_do(tmp_path):
     assert not (tmp_path / "x.pack").exists()
 
 
+@pytest.mark.parametrize("command", ["tune", "build", "generate"])
+def test_output_that_cannot_be_written_is_refused_at_once(tmp_path, command):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    result = run(command, "--cpu", "--out", tmp_path / "file" / "x", code=1)
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/file/x: ")
+
+
 def test_verify_names_what_is_not_a_pack(tmp_path):
     assert "is not a folder" in run("verify", tmp_path / "none", code=1).stderr
     assert "holds no manifest.json" in run("verify", tmp_path, code=1).stderr

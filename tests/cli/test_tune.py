@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "autotune"))  # workers import the functions by name
+
+import worker_functions as functions
+
 from pagedgen.cli.app import app
 from pagedgen.cli.tune import MOST_BYTES, workloads_of
+from pagedgen.values.record import Verdict
 from pagedgen.values.trace import SAMPLE
 
 runner = CliRunner()
@@ -109,6 +116,44 @@ def test_the_same_pack_is_built_from_the_records(tuned, tmp_path):
     )
     assert [k["variants"] for k in first["kernels"]] == [k["variants"] for k in again["kernels"]]
     assert [k["dispatch"] for k in first["kernels"]] == [k["dispatch"] for k in again["kernels"]]
+
+
+@pytest.fixture
+def changed(tuned, tmp_path, monkeypatch):
+    """The record file of the tuned spec in a cache of its own, to be changed."""
+    monkeypatch.setenv("PAGEDGEN_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "cache" / "records" / "cpu" / Path(tuned[0]["results"][0]["records"]).name
+    path.parent.mkdir(parents=True)
+    path.write_text(Path(tuned[0]["results"][0]["records"]).read_text())
+    return path
+
+
+def test_build_says_why_records_do_not_serve(changed, tmp_path):
+    pack = tmp_path / "x.pack"
+    data = json.loads(changed.read_text())
+    changed.write_text(json.dumps({**data, "selection": None}))
+    refused = run("build", "--cpu", *TINY, "--out", pack, code=1).stderr
+    assert f"tuning did not finish, {changed} holds no selection" in refused
+    stamps = [{**stamp, "device": "an abacus"} for stamp in data["stamps"]]
+    changed.write_text(json.dumps({**data, "stamps": stamps}))
+    refused = run("build", "--cpu", *TINY, "--out", pack, code=1).stderr
+    assert f"{changed} is of another template, version or device" in refused
+    assert not pack.exists()
+
+
+def test_build_packs_no_kernel_that_is_wrong_now(changed, tmp_path, monkeypatch):
+    wrong = Verdict(False, 2, 1.0, 0.1, 0, "error 1 where 0.1 is allowed")
+    monkeypatch.setattr("pagedgen.cli.build.verdict_on", lambda *args, **options: wrong)
+    refused = run("build", "--cpu", *TINY, "--out", tmp_path / "x.pack", code=1).stderr
+    assert "error 1 where 0.1 is allowed; run pagedgen tune" in refused
+    assert not (tmp_path / "x.pack").exists()
+
+
+def test_a_kernel_that_crashes_costs_verify_a_verdict_not_its_life(tuned, monkeypatch):
+    monkeypatch.setattr("pagedgen.autotune.gating.gate_variant", functions.crashing_gate)
+    result = run("verify", tuned[1], "--json", code=1)
+    verdicts = json.loads(result.stdout)["verdicts"]
+    assert all(not v["passed"] and "SIGSEGV" in v["reason"] for v in verdicts)
 
 
 def test_what_cannot_work_is_refused_before_anything_is_tuned(tmp_path):
