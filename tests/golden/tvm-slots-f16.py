@@ -1,12 +1,12 @@
-# decode_25a0f7a6_1cbe0ae6: paged attention decode on a CPU, for one KV head of one sequence at a time
+# decode_25a0f7a6_ac33e3fa: paged attention decode on a CPU, for one KV head of one sequence at a time
 # spec      decode-h128-q32-kv8-b1-f16
-# schedule  ahead1-dotf32-intol2-k_heads4-k_vectors1-lanes16-streams4-tile64-v_heads4-v_vectors4
+# schedule  ahead1-dotf32-intol2-k_heads4-k_vectors1-lanes16-streams8-tile128-v_heads2-v_vectors8
 # target    x86_64-avx512bf16; pagedgen 0.1.0
 #
-# tile      64 tokens that are processed together, by all 4 query heads of the KV head
-# unit      1 consecutive tokens of one block; k_units and v_units hold the offsets of the 64 of every tile
+# tile      128 tokens that are processed together, by all 4 query heads of the KV head
+# unit      1 consecutive tokens of one block; k_units and v_units hold the offsets of the 128 of every tile
 # state     a partial softmax: [4, 128] sums of p * V, [4] maximal scores (base 2), [4] sums of p
-# next      what lies 64 units further on: prefetched line by line while this tile is read
+# next      what lies 128 units further on: prefetched line by line while this tile is read
 
 from tvm.script import ir as I, tirx as T
 
@@ -83,14 +83,14 @@ class Decode:
         v_units: T.handle("int64"),
         state: T.handle("float32"),
         num_tiles: T.int32,
-        num_tokens: T.int32,  # in these tiles; only the last may have fewer than 64
+        num_tokens: T.int32,  # in these tiles; only the last may have fewer than 128
         zeros: T.int64,  # offset from v of a row of zeros, which stands in for tokens past the end
         q_stride: T.int64,  # of heads
         k_stride: T.int64,  # of tokens
         v_stride: T.int64,  # of tokens
         scale: T.float32,  # of scores, to base 2
     ):
-        T.func_attr({"global_symbol": "decode_25a0f7a6_1cbe0ae6_tiles", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "decode_25a0f7a6_ac33e3fa_tiles", "calling_conv": 3, "tirx.noalias": True})
         T.attr(T.int32(0), "pragma_import_llvm", LLVM)
         Q = T.decl_buffer((1,), "float16", data=q)
         K = T.decl_buffer((1,), "float16", data=k)
@@ -98,12 +98,12 @@ class Decode:
         KU = T.decl_buffer((1,), "int64", data=k_units)
         VU = T.decl_buffer((1,), "int64", data=v_units)
         STATE = T.decl_buffer((520,), "float32", data=state)
-        s = T.alloc_local((256,), "float32")  # [4, 64] scores, then p
+        s = T.alloc_local((512,), "float32")  # [4, 128] scores, then p
         alpha = T.alloc_local((4,), "float32")  # [4] what the sums so far are scaled by
-        k_row = T.alloc_local((64,), "int64")  # [64] offsets of the tokens of a tile
-        k_next = T.alloc_local((64,), "int64")
-        v_row = T.alloc_local((64,), "int64")  # [64] offsets of the tokens of a tile
-        v_next = T.alloc_local((64,), "int64")
+        k_row = T.alloc_local((128,), "int64")  # [128] offsets of the tokens of a tile
+        k_next = T.alloc_local((128,), "int64")
+        v_row = T.alloc_local((128,), "int64")  # [128] offsets of the tokens of a tile
+        v_next = T.alloc_local((128,), "int64")
         qs = T.alloc_local((512,), "float32")  # [4, 128]
         for h in T.serial(4):
             for c in T.serial(8):
@@ -111,18 +111,18 @@ class Decode:
                     qs[h * 128 + c * 16 + i] = T.cast(Q[h * q_stride + c * 16 + i], "float32")
 
         for tile in T.serial(num_tiles):
-            for n in T.serial(64):
+            for n in T.serial(128):
                 for c in T.serial(1):
                     for i in T.unroll(1):
-                        k_row[n * 1 + c * 1 + i] = KU[tile * 64 + n] + (c * 1 + i) * k_stride
-                        k_next[n * 1 + c * 1 + i] = KU[tile * 64 + n + 64] + (c * 1 + i) * k_stride
-                        v_row[n * 1 + c * 1 + i] = T.Select(tile * 64 + n * 1 + c * 1 + i < num_tokens, VU[tile * 64 + n] + (c * 1 + i) * v_stride, zeros)
-                        v_next[n * 1 + c * 1 + i] = VU[tile * 64 + n + 64] + (c * 1 + i) * v_stride
+                        k_row[n * 1 + c * 1 + i] = KU[tile * 128 + n] + (c * 1 + i) * k_stride
+                        k_next[n * 1 + c * 1 + i] = KU[tile * 128 + n + 128] + (c * 1 + i) * k_stride
+                        v_row[n * 1 + c * 1 + i] = T.Select(tile * 128 + n * 1 + c * 1 + i < num_tokens, VU[tile * 128 + n] + (c * 1 + i) * v_stride, zeros)
+                        v_next[n * 1 + c * 1 + i] = VU[tile * 128 + n + 128] + (c * 1 + i) * v_stride
 
             # s = q @ K^T
             for hb in T.serial(1):
                 h0 = T.min(hb * 4, 0)
-                for tb in T.serial(16):
+                for tb in T.serial(32):
                     acc = T.alloc_local((256,), "float32")  # [4, 4, 16]
                     for j in T.unroll(16):
                         for i in T.vectorized(16):
@@ -162,26 +162,26 @@ class Decode:
                     )
                     for h in T.unroll(4):
                         for i in T.vectorized(4):
-                            s[(h0 + h) * 64 + tb * 4 + i] = sums[h * 4 + i]
+                            s[(h0 + h) * 128 + tb * 4 + i] = sums[h * 4 + i]
 
             # p = softmax(s), online: the sums so far shrink by alpha when the maximum grows
             for h in T.serial(4):
-                for l in T.unroll(8):
-                    line = T.min(h * 8 + l, 31)
-                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 4 * 16 + line // 16] + line // 4 % 4 * 32]), 0, 2, 1))
+                for l in T.unroll(16):
+                    line = T.min(h * 16 + l, 63)
+                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 8 * 16 + line // 32] + line // 8 % 4 * 32]), 0, 2, 1))
                 x = T.alloc_local((16,), "float32")
                 n = T.alloc_local((16,), "float32")
                 total = T.alloc_local((16,), "float32")
                 for i in T.vectorized(16):
                     x[i] = T.float32(-1e30)
                     total[i] = T.float32(0)
-                for j in T.unroll(4):
+                for j in T.unroll(8):
                     for i in T.vectorized(16):
-                        s[h * 64 + j * 16 + i] = T.Select(
-                            tile * 64 + j * 16 + i < num_tokens, s[h * 64 + j * 16 + i] * scale, T.float32(-1e30)
+                        s[h * 128 + j * 16 + i] = T.Select(
+                            tile * 128 + j * 16 + i < num_tokens, s[h * 128 + j * 16 + i] * scale, T.float32(-1e30)
                         )
                     for i in T.vectorized(16):
-                        x[i] = T.max(x[i], s[h * 64 + j * 16 + i])
+                        x[i] = T.max(x[i], s[h * 128 + j * 16 + i])
                 old = STATE[512 + h]
                 new = T.max(old, T.call_pure_extern("float32", "max_lanes", x[T.Ramp(0, 1, 16)]))
                 STATE[512 + h] = new
@@ -194,9 +194,9 @@ class Decode:
                 for i in T.vectorized(16):  # 2^(x - n) a polynomial, n goes to the exponent
                     x[i] = T.reinterpret("float32", T.reinterpret("int32", (((((T.float32(0.00134404927) * x[i] + T.float32(0.00967211641)) * x[i] + T.float32(0.0555017106)) * x[i] + T.float32(0.240222294)) * x[i] + T.float32(0.693147348)) * x[i] + T.float32(1.0))) + T.shift_left(T.reinterpret("int32", n[i]), 23))
                 alpha[h] = x[0]
-                for j in T.unroll(4):
+                for j in T.unroll(8):
                     for i in T.vectorized(16):  # far past the end: 2^-126, times a row of zeros
-                        x[i] = T.max(s[h * 64 + j * 16 + i] - new, T.float32(-126))
+                        x[i] = T.max(s[h * 128 + j * 16 + i] - new, T.float32(-126))
                     for i in T.vectorized(16):  # 2^x: n is x rounded to an integer,
                         n[i] = x[i] + T.float32(12582912)
                     for i in T.vectorized(16):
@@ -204,42 +204,42 @@ class Decode:
                     for i in T.vectorized(16):  # 2^(x - n) a polynomial, n goes to the exponent
                         x[i] = T.reinterpret("float32", T.reinterpret("int32", (((((T.float32(0.00134404927) * x[i] + T.float32(0.00967211641)) * x[i] + T.float32(0.0555017106)) * x[i] + T.float32(0.240222294)) * x[i] + T.float32(0.693147348)) * x[i] + T.float32(1.0))) + T.shift_left(T.reinterpret("int32", n[i]), 23))
                     for i in T.vectorized(16):
-                        s[h * 64 + j * 16 + i] = x[i]
+                        s[h * 128 + j * 16 + i] = x[i]
                     for i in T.vectorized(16):
                         total[i] = total[i] + x[i]
                 STATE[516 + h] = STATE[516 + h] * alpha[h] + T.call_pure_extern("float32", "sum_lanes", total[T.Ramp(0, 1, 16)])
 
             # state = state * alpha + p @ V
-            for hb in T.serial(1):
-                for cb in T.serial(2):
-                    acc = T.alloc_local((256,), "float32")  # [4, 64]
-                    for h in T.unroll(4):
-                        for j in T.unroll(4):
+            for hb in T.serial(2):
+                for cb in T.serial(1):
+                    acc = T.alloc_local((256,), "float32")  # [2, 128]
+                    for h in T.unroll(2):
+                        for j in T.unroll(8):
                             for i in T.vectorized(16):
-                                acc[(h * 4 + j) * 16 + i] = (
-                                    STATE[(hb * 4 + h) * 128 + (cb * 4 + j) * 16 + i] * alpha[hb * 4 + h]
+                                acc[(h * 8 + j) * 16 + i] = (
+                                    STATE[(hb * 2 + h) * 128 + (cb * 8 + j) * 16 + i] * alpha[hb * 2 + h]
                                 )
                     for r in T.serial(16):
-                        step = (hb * 2 + cb) * 16 + r  # of 32
+                        step = (hb * 1 + cb) * 16 + r  # of 32
                         late = step + 4 - step // 8  # 7 of 8 steps fetch, beginning after the rows that the softmax asked for
                         if step % 8 != 7:
-                            for n in T.unroll(4):
+                            for n in T.unroll(8):
                                 for l in T.unroll(2):
                                     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[n * 16 + late // 2] + (late % 2 * 4 // 2 + l) * 32]), 0, 2, 1))
-                        for n in T.unroll(4):
+                        for n in T.unroll(8):
                             t = n * 16 + r
-                            x = T.alloc_local((64,), "float32")
-                            for j in T.unroll(4):
+                            x = T.alloc_local((128,), "float32")
+                            for j in T.unroll(8):
                                 for i in T.vectorized(16):
-                                    x[j * 16 + i] = T.cast(V[v_row[t] + (cb * 4 + j) * 16 + i], "float32")
-                            for h in T.unroll(4):
-                                for j in T.unroll(4):
+                                    x[j * 16 + i] = T.cast(V[v_row[t] + (cb * 8 + j) * 16 + i], "float32")
+                            for h in T.unroll(2):
+                                for j in T.unroll(8):
                                     for i in T.vectorized(16):
-                                        acc[(h * 4 + j) * 16 + i] += s[(hb * 4 + h) * 64 + t] * x[j * 16 + i]
-                    for h in T.unroll(4):
-                        for j in T.unroll(4):
+                                        acc[(h * 8 + j) * 16 + i] += s[(hb * 2 + h) * 128 + t] * x[j * 16 + i]
+                    for h in T.unroll(2):
+                        for j in T.unroll(8):
                             for i in T.vectorized(16):
-                                STATE[(hb * 4 + h) * 128 + (cb * 4 + j) * 16 + i] = acc[(h * 4 + j) * 16 + i]
+                                STATE[(hb * 2 + h) * 128 + (cb * 8 + j) * 16 + i] = acc[(h * 8 + j) * 16 + i]
 
     @T.prim_func(s_tir=True)
     def merge(
@@ -251,7 +251,7 @@ class Decode:
         out_stride: T.int64,  # of heads
         scale: T.float32,  # of V
     ):
-        T.func_attr({"global_symbol": "decode_25a0f7a6_1cbe0ae6_merge", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "decode_25a0f7a6_ac33e3fa_merge", "calling_conv": 3, "tirx.noalias": True})
         S = T.decl_buffer((1,), "float32", data=states)
         AT = T.decl_buffer((1,), "int64", data=offsets)
         O = T.decl_buffer((1,), "float16", data=out)
