@@ -15,8 +15,9 @@ import torch
 
 from pagedgen.autotune.measure import Clock, rotation
 from pagedgen.autotune.suites.contest import Contender
-from pagedgen.compiler.verify import TORCH_TYPES, Inputs, reference, tolerance
+from pagedgen.compiler.verify import Inputs, reference, tolerance
 from pagedgen.errors import GateFailure
+from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.spec import KernelSpec, KVScale
 from pagedgen.values.workload import Workload
 
@@ -101,7 +102,7 @@ def tokens_of(spec: KernelSpec, inputs: Inputs, row: int) -> tuple[torch.Tensor,
     pair = []
     for pool in (inputs.k, inputs.v):
         if spec.kv_dtype.is_fp8:
-            gathered = pool.view(torch.uint8)[ids].view(pool.dtype).to(TORCH_TYPES[spec.q_dtype])
+            gathered = pool.view(torch.uint8)[ids].view(pool.dtype).to(TORCH_DTYPES[spec.q_dtype])
         else:
             gathered = pool[ids]
         pair.append(gathered.flatten(0, 1)[:length])
@@ -144,7 +145,7 @@ def vllm_call(spec: KernelSpec, inputs: Inputs) -> Call:
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends import cpu_attn
 
-    q_type = TORCH_TYPES[spec.q_dtype]
+    q_type = TORCH_DTYPES[spec.q_dtype]
     cache_dtype = spec.kv_dtype.value if spec.kv_dtype.is_fp8 else "auto"
     isa = cpu_attn._get_attn_isa(q_type, VLLM_BLOCK, spec.head_dim, cache_dtype)
     lens = inputs.seq_lens.tolist()

@@ -15,8 +15,9 @@ import torch
 
 from pagedgen.autotune.measure import Clock, rotation
 from pagedgen.autotune.suites.contest import Contender
-from pagedgen.compiler.verify import TORCH_TYPES, Inputs, reference, tolerance
+from pagedgen.compiler.verify import Inputs, reference, tolerance
 from pagedgen.errors import GateFailure
+from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.workload import Workload
 
@@ -88,8 +89,8 @@ def _flashinfer(spec: KernelSpec, inputs: Inputs, use_tensor_cores: bool) -> Cal
         spec.num_kv_heads,
         spec.head_dim,
         spec.block_size,
-        q_data_type=TORCH_TYPES[spec.q_dtype],
-        kv_data_type=TORCH_TYPES[spec.kv_dtype],
+        q_data_type=TORCH_DTYPES[spec.q_dtype],
+        kv_data_type=TORCH_DTYPES[spec.kv_dtype],
         sm_scale=inputs.softmax_scale,
     )
     scales = {}

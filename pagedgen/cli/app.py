@@ -187,7 +187,11 @@ def tune(
     ] = "standard",
     budget: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="At most this long in all: 90s, 10m, 2h.", rich_help_panel=HOW),
+        typer.Option(
+            metavar="TIME",
+            help="Start nothing new after this long: 90s, 10m, 2h; one batch is always tried.",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     seed: Seed = 0,
     out: Annotated[

@@ -16,16 +16,10 @@ from typing import Literal, Protocol
 import torch
 
 from pagedgen.errors import ArgumentError
+from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.record import Verdict
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale
 
-TORCH_TYPES = {
-    DType.F32: torch.float32,
-    DType.F16: torch.float16,
-    DType.BF16: torch.bfloat16,
-    DType.FP8_E4M3: torch.float8_e4m3fn,
-    DType.FP8_E5M2: torch.float8_e5m2,
-}
 F32_WEIGHT = 4e-6
 EPS = {DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
 Pool = Literal["nhd", "hnd", "packed"]
@@ -78,7 +72,7 @@ def _pool(
     spec: KernelSpec, num_blocks: int, pool: Pool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised K and V pools of the logical shape, strided as ``pool`` says; bytes for fp8."""
-    kind = torch.uint8 if spec.kv_dtype.is_fp8 else TORCH_TYPES[spec.kv_dtype]
+    kind = torch.uint8 if spec.kv_dtype.is_fp8 else TORCH_DTYPES[spec.kv_dtype]
     blocks, tokens, heads, dim = num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim
     if pool == "packed":
         both = torch.empty(blocks, tokens, heads, 2 * dim, dtype=kind, device=device)
@@ -140,7 +134,7 @@ def make_inputs(
         else:
             values = torch.randn(shape, dtype=torch.float32, generator=generator, device=device)
             if is_fp8:
-                tensor.copy_(values.to(TORCH_TYPES[spec.kv_dtype]).view(torch.uint8))
+                tensor.copy_(values.to(TORCH_DTYPES[spec.kv_dtype]).view(torch.uint8))
             else:
                 tensor.copy_(values)
     if poison:
@@ -163,12 +157,12 @@ def make_inputs(
     num_seqs = len(seq_lens)
     q_shape = (num_seqs, spec.num_q_heads, dim)
     q = torch.randn(q_shape, dtype=torch.float32, generator=generator, device=device).to(
-        TORCH_TYPES[spec.q_dtype]
+        TORCH_DTYPES[spec.q_dtype]
     )
     out = torch.full(q_shape, float("nan"), dtype=q.dtype, device=device)
     lse = torch.full(q_shape[:2], float("nan"), device=device) if spec.return_lse else None
     if is_fp8:
-        k, v = k.view(TORCH_TYPES[spec.kv_dtype]), v.view(TORCH_TYPES[spec.kv_dtype])
+        k, v = k.view(TORCH_DTYPES[spec.kv_dtype]), v.view(TORCH_DTYPES[spec.kv_dtype])
     lens = torch.tensor(list(seq_lens), dtype=torch.int32, device=device)
     return Inputs(q, k, v, block_table, lens, out, lse, scales[0], scales[1], dim**-0.5, width * block)
 
