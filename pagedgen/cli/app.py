@@ -189,7 +189,7 @@ def tune(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Start nothing new after this long: 90s, 10m, 2h; one batch is always tried.",
+            help="Start no new batch after this long: 90s, 10m, 2h. The first is always tried.",
             rich_help_panel=HOW,
         ),
     ] = None,
