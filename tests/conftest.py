@@ -85,11 +85,9 @@ def _default_schedule():
 def gpu_binary(h100):
     """Make a Binary with made-up machine code, for what never runs: linking, packing, checking arguments."""
 
-    def make(
-        spec: KernelSpec, target: Target = h100, *, waves: int = 4, suffix: str = "", split: str = "pieces"
-    ) -> Binary:
+    def make(spec: KernelSpec, target: Target = h100, *, suffix: str = "", **choices: int | str) -> Binary:
         schedule = default_schedule(spec, target)
-        choices = {**dict(schedule.choices), "waves": waves, "split": split}
+        choices = {**dict(schedule.choices), "waves": 4, **choices}
         source = Source(spec, target, Schedule.of(schedule.template, **choices), "# kernel source\n")
         ptx = f".version 8.7\n.target {target.arch}{suffix}\n.address_size 64\n// made up\n".encode()
         files = (("kernel.cubin", b"\x7fELF made up " + bytes(range(256))), ("kernel.ptx", ptx))

@@ -163,6 +163,7 @@ def _assemble_gpu(
                 "smem_bytes": binary.resources.smem_bytes,
                 "waves": binary.source.schedule.int("waves"),
                 "even": binary.source.schedule["split"] == "even",
+                "pdl": bool(binary.source.schedule.int("pdl")),
                 **names,
             }
         )
@@ -188,7 +189,7 @@ def _assemble_gpu(
             align=align,
             max_kv_stride="INT32_MAX",  # block and token strides are 32-bit in the kernels
             rows=literals["rows"],
-            programs=spec.num_kv_heads * literals["head_blocks"],
+            programs=literals["programs"],
         )
     )
     return Assembly(source, tuple(files), ())

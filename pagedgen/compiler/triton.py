@@ -98,11 +98,14 @@ def compile_triton(source: Source) -> Binary:
             if target.kind == "hip"
             else GPUTarget("cuda", target.capability, 32)
         )
+        options = {"num_warps": schedule.int("num_warps"), "num_stages": schedule.int("num_stages")}
+        if max_regs := schedule.int("max_regs"):
+            options["maxnreg"] = max_regs
         try:
             kernel = triton.compile(
                 ASTSource(fn=function, signature=signature_of(spec, names), constexprs={}, attrs=attributes),
                 target=gpu,
-                options={"num_warps": schedule.int("num_warps"), "num_stages": schedule.int("num_stages")},
+                options=options,
             )
         except Exception as error:  # Triton raises many kinds, all meaning "not this candidate"
             raise CompileError(f"{schedule.name}: {_last_lines(str(error))}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pagedgen.errors import Unsupported
@@ -46,6 +46,15 @@ def kv_align(spec: KernelSpec) -> int:
     return min(16, row & -row)
 
 
+def addressing(spec: KernelSpec, tile: int) -> str:
+    """A tile's block ids: one for all of it (scalar), one a block (page), or one a token (gather)."""
+    if spec.block_size % tile == 0:
+        return "scalar"
+    if tile % spec.block_size == 0 and spec.block_size > 1:
+        return "page"
+    return "gather"
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """One load of a K or V row's columns, in words: power-of-two width, ``valid`` of them real."""
@@ -59,25 +68,23 @@ class Load:
         """Whether no column is padding."""
         return self.width == self.valid
 
+    def mask(self, columns: str) -> str:
+        """Source text of which elements of a tile of q or out are real, in the columns of that name."""
+        return "row_ok[:, None]" if self.full else f"row_ok[:, None] & {columns}_ok[None, :]"
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One matrix-product operand cut from a load: all its columns, or the even or odd half of its words."""
 
     name: str
-    load: int
     width: int
-    full: bool
-    dims: str  # its columns of q and out, as source text
-
-    @property
-    def mask(self) -> str:
-        """Source text of which elements of a [block_h, width] tile are real."""
-        return "row_ok[:, None]" if self.full else f"row_ok[:, None] & col{self.load}_ok[None, :]"
 
 
-def loads_of(spec: KernelSpec, num_warps: int) -> tuple[Load, ...]:
+def loads_of(spec: KernelSpec, num_warps: int, rows: int, *, whole: bool = False) -> tuple[Load, ...]:
     """Cover head_dim by power-of-two loads; columns that are padding are masked and cost no memory traffic.
+
+    One load of the ``whole`` row, or pieces that pad less.
 
     80 halves are 64 + 32, not 128. Where the padded rest is as wide as the first piece, one masked load costs
     the same and is simpler. With several warps, no piece is as narrow as the tile has rows: Triton spreads
@@ -85,9 +92,11 @@ def loads_of(spec: KernelSpec, num_warps: int) -> tuple[Load, ...]:
     them (counted: 4 x the HMMAs).
     """
     columns = spec.head_dim // 2 if spec.kv_dtype.is_fp8 else spec.head_dim
-    narrowest = 2 * block_h(spec) if block_h(spec) < 64 and num_warps > 1 else 16
+    narrowest = 2 * rows if rows < 64 and num_warps > 1 else 16
     if columns <= narrowest:
         return (Load(0, narrowest, columns),)
+    if whole:
+        return (Load(0, next_power_of_two(columns), columns),)
     first = 1 << (columns.bit_length() - 1)
     rest = columns - first
     if not rest:
@@ -98,15 +107,15 @@ def loads_of(spec: KernelSpec, num_warps: int) -> tuple[Load, ...]:
     return (Load(0, first, first), Load(first, padded, rest))
 
 
-def parts_of(spec: KernelSpec, num_warps: int) -> tuple[Part, ...]:
+def parts_of(spec: KernelSpec, loads: Sequence[Load]) -> tuple[Part, ...]:
     """The matrix-product operands of the loads, in accumulation order."""
     parts = []
-    for i, load in enumerate(loads_of(spec, num_warps)):
+    for i, load in enumerate(loads):
         if spec.kv_dtype.is_fp8:
-            parts.append(Part(f"{i}_even", i, load.width, load.full, f"2 * col{i}"))
-            parts.append(Part(f"{i}_odd", i, load.width, load.full, f"2 * col{i} + 1"))
+            parts.append(Part(f"{i}_even", load.width))
+            parts.append(Part(f"{i}_odd", load.width))
         else:
-            parts.append(Part(f"{i}", i, load.width, load.full, f"col{i}"))
+            parts.append(Part(f"{i}", load.width))
     return tuple(parts)
 
 
@@ -133,65 +142,73 @@ class TritonDecode(Family):
             raise Unsupported("k_inner token: GPU decode reads K with head_dim innermost (k_inner dim)")
 
     def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
-        """Tile, warps, stages, waves, how page ids are loaded, and how FP8 is decoded.
+        """Tile, warps, stages, waves, how the work is shared out, and how a tile is computed.
 
-        The defaults were the fastest, or within 3% of it, for most specs at 32 x 8k on an H100.
+        The defaults were within 6% of the fastest for most specs at 32 x 8k on an H100.
         """
         decodes: tuple[Choice, ...] = ("none",)
         if spec.kv_dtype.is_fp8:
-            decodes = ("cvt", "bits") if target.fp8_convert and target.kind == "cuda" else ("bits",)
+            decodes = ("cvt",) if target.fp8_convert and target.kind == "cuda" else ("bits",)
             if target.kind == "hip":
                 decodes = ("plain",)
+        # griddepcontrol came with sm_90
+        pdl: tuple[Choice, ...] = (0, 1) if target.kind == "cuda" and target.capability >= 90 else (0,)
+        rows: tuple[Choice, ...] = (block_h(spec),)
+        if target.kind == "cuda" and target.arch == "sm_90" and block_h(spec) == 32:
+            rows = (32, 64)  # never the faster for 16
+        several = len(loads_of(spec, 1, block_h(spec))) > 1
+        columns: tuple[Choice, ...] = ("pieces", "whole") if several else ("pieces",)
+        # Tiles of narrow heads are soon done: one warp needs no barriers, and many hide each other's waits.
+        narrow = spec.head_dim <= 64 and block_h(spec) == 16
         return (
-            Field("tile", (16, 32, 64, 128, 256), 64, "tokens worked on at a time"),
-            Field("num_warps", (1, 2, 4, 8), 4 if block_h(spec) > 16 else 2, "warps of a program"),
-            Field("num_stages", (2, 3, 4, 5), 2, "depth of the load pipeline"),
-            Field("waves", (1, 2, 3, 4, 6, 8, 12, 16), 2, "pieces aimed at for each SM"),
+            Field(
+                "rows", rows, rows[0], "query-head rows of a tile; 64 for wgmma, which reads shared memory"
+            ),
+            Field("columns", columns, columns[0], "head_dim as power-of-two pieces, or as one padded row"),
+            Field(
+                "tile",
+                (16, 32, 64, 128),
+                32 if narrow and spec.head_dim <= 32 else 64,
+                "tokens worked on at a time",
+            ),
+            Field(
+                "num_warps",
+                (1, 2, 4, 8),
+                1 if narrow else 4 if block_h(spec) > 16 else 2,
+                "warps of a program",
+            ),
+            Field("num_stages", (2, 3, 4), 3 if narrow else 2, "depth of the load pipeline"),
+            Field("waves", (1, 2, 3, 4, 6, 8), 3 if narrow else 2, "pieces aimed at for each SM"),
             Field("split", ("pieces", "even"), "pieces", "how a batch is shared out among programs"),
             # 96 merge 16 parts 1.5 us sooner; 32 leave registers for a fifth program on an SM (184, not 254)
             Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
-            Field("ids", ("gather", "page", "scalar"), self._ids(spec, 64), "how block ids are loaded"),
-            Field("prefetch_ids", (0, 1), 1, "load block ids one tile ahead of K and V"),
-            Field("seq_lanes", (32, 128, 1024), 128, "sequences whose lengths are scanned at a time"),
+            Field("seq_lanes", (128, 1024), 128, "sequences whose lengths are scanned at a time"),
             Field("fp8_decode", decodes, decodes[0], "how FP8 becomes float16"),
+            Field(
+                "sums",
+                ("reduce", "dot"),
+                "dot" if spec.kv_dtype.is_fp8 else "reduce",
+                "row sums: added, or p times ones",
+            ),
+            Field("max_regs", (0, 168), 0, "registers of a thread at most; 0: what the compiler likes"),
+            Field("pdl", pdl, 0, "launched while the kernel before it drains, or after it"),
         )
-
-    @staticmethod
-    def _ids(spec: KernelSpec, tile: int) -> str:
-        if spec.block_size % tile == 0:
-            return "scalar"
-        if tile % spec.block_size == 0 and spec.block_size >= 8:
-            return "page"
-        return "gather"
 
     def constraints(self) -> tuple[Constraint, ...]:
         """Legality over the symbols: addressing, shared memory, registers, warps."""
         import sympy
 
-        tile, bs, warps = sympy.symbols("tile block_size num_warps", integer=True)
-        is_scalar, is_page = sympy.symbols("is_scalar is_page", integer=True)
+        tile, warps = sympy.symbols("tile num_warps", integer=True)
         rows = sympy.Symbol("rows", integer=True)
         smem, smem_limit, acc_regs = sympy.symbols("smem_bytes smem_per_block acc_regs")
         return (
-            Constraint(
-                "scalar-ids",
-                sympy.Or(sympy.Eq(is_scalar, 0), sympy.Eq(sympy.Mod(bs, tile), 0)),
-                "one block id a tile needs tiles that lie inside one block",
-            ),
-            Constraint(
-                "page-ids",
-                sympy.Or(
-                    sympy.Eq(is_page, 0), sympy.And(sympy.Eq(sympy.Mod(tile, bs), 0), bs >= 2, tile > bs)
-                ),
-                "one id a block needs tiles that span whole blocks",
-            ),
-            Constraint(
-                "gather-ids",
-                sympy.Or(sympy.Eq(is_scalar + is_page, 1), sympy.Ne(sympy.Mod(bs, tile), 0)),
-                "one id a token is never better where one id a tile is possible",
-            ),
             Constraint("smem", smem <= smem_limit, "K and V tiles of all stages fit in shared memory"),
             Constraint("registers", acc_regs <= 128, "accumulators and a decoded tile fit in registers"),
+            Constraint(
+                "wgmma",
+                sympy.Or(rows <= sympy.Symbol("least_rows"), warps >= 4),
+                "rows are padded to 64 for wgmma alone, which four warps issue together",
+            ),
             Constraint(
                 "warps",
                 sympy.Or(rows >= 64, 16 * warps <= tile),
@@ -283,8 +300,10 @@ class TritonDecode(Family):
         best is a median 2.7% slower than the measured best, at worst 16%.
         """
         tile, warps, stages = schedule.int("tile"), schedule.int("num_warps"), schedule.int("num_stages")
-        prefetch, ids, lanes = schedule.int("prefetch_ids"), str(schedule["ids"]), schedule.int("seq_lanes")
-        width = sum(load.width for load in loads_of(spec, warps)) * (2 if spec.kv_dtype.is_fp8 else 1)
+        ids, lanes = addressing(spec, schedule.int("tile")), schedule.int("seq_lanes")
+        rows, whole = schedule.int("rows"), schedule["columns"] == "whole"
+        loads = loads_of(spec, warps, rows, whole=whole)
+        width = sum(load.width for load in loads) * (2 if spec.kv_dtype.is_fp8 else 1)
         tile_bytes = 2 * tile * width * spec.kv_dtype.size
         programs = spec.num_kv_heads * head_blocks(spec)
         partitions = max(1, cdiv(target.num_sms * schedule.int("waves"), programs))
@@ -298,9 +317,7 @@ class TritonDecode(Family):
             pieces = sum(cdiv(n, chunk) for n in workload.seq_lens)
             splits = cdiv(workload.max_seq_len, chunk)
         tiles, pieces = tiles * programs, pieces * programs
-        # Tiles in flight, as compiled: block ids that are loaded in the same iteration eat two stages.
-        buffers = max(1, stages - 1 if prefetch else stages - 3)
-        rows = block_h(spec)
+        buffers = max(1, stages - 1)  # tiles in flight, as compiled
         per_tile = {"none": 1000.0, "cvt": 1330.0, "bits": 1720.0, "plain": 2900.0}[
             str(schedule["fp8_decode"])
         ]
@@ -308,11 +325,9 @@ class TritonDecode(Family):
         slots = per_tile * tile / 64 * width / 128 * (1 + 0.4 * (rows / 16 - 1)) + 100.0 * warps
         return {
             "tile": tile,
-            "block_size": spec.block_size,
             "num_warps": warps,
             "rows": rows,
-            "is_scalar": int(ids == "scalar"),
-            "is_page": int(ids == "page"),
+            "least_rows": block_h(spec),
             "smem_bytes": tile_bytes * buffers + rows * tile * 2 + 2048,
             "smem_per_block": target.smem_per_block,
             "smem_per_sm": target.smem_per_sm,
@@ -351,7 +366,9 @@ class TritonDecode(Family):
     ) -> Mapping[str, object]:
         """Literals for the Jinja source."""
         is_fp8 = spec.kv_dtype.is_fp8
-        parts = parts_of(spec, schedule.int("num_warps"))
+        loads = loads_of(
+            spec, schedule.int("num_warps"), schedule.int("rows"), whole=schedule["columns"] == "whole"
+        )
         decode = str(schedule["fp8_decode"])
         row_scaled = is_fp8 and spec.q_dtype is DType.BF16
         tile = schedule.int("tile")
@@ -374,22 +391,28 @@ class TritonDecode(Family):
             "head_dim": spec.head_dim,
             "block_size": spec.block_size,
             "group_size": spec.group_size,
-            "block_h": block_h(spec),
+            "block_h": schedule.int("rows"),
             "head_blocks": head_blocks(spec),
+            "programs": spec.num_kv_heads * head_blocks(spec),
             "rows": rows,
             "merge_rows": merge_rows,
             "merge_dims": merge_dims,
             "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
-            "merge_lse_parts": 32,
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
-            "loads": loads_of(spec, schedule.int("num_warps")),
-            "parts": parts,
+            "loads": loads,
+            "dims": "dim" if is_fp8 else "col",  # names of the columns of q and out
+            "words": 2 if is_fp8 else 1,  # elements in one
+            "parts": parts_of(spec, loads),
             "tile": tile,
             "num_stages": schedule.int("num_stages"),
             "split": str(schedule["split"]),
-            "addressing": str(schedule["ids"]),
+            "addressing": addressing(spec, tile),
             "pages_per_tile": max(1, tile // spec.block_size),
-            "prefetch_ids": bool(schedule.int("prefetch_ids")),
+            "sums": str(schedule["sums"]),
+            "sums_width": 16
+            if schedule.int("num_warps") == 1 or schedule.int("rows") >= 64
+            else 2 * schedule.int("rows"),
+            "pdl": bool(schedule.int("pdl")),
             "seq_lanes": schedule.int("seq_lanes"),
             "min_chunk": self._min_chunk(tile),
         }

@@ -10,7 +10,7 @@ import pytest
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import BESIDE, family_for, template_hash
 from pagedgen.compiler.space import default_schedule, feasible
-from pagedgen.templates.triton.decode import block_h
+from pagedgen.templates.triton.decode import addressing, block_h
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.workload import Workload
 
@@ -30,7 +30,8 @@ def test_every_feasible_schedule_addresses_its_blocks_legally(request, make_spec
     schedules = feasible(spec, request.getfixturevalue(target))
     assert len(schedules) == len(set(schedules)) > 10
     for schedule in schedules:
-        tile, ids = schedule.int("tile"), schedule["ids"]
+        tile = schedule.int("tile")
+        ids = addressing(spec, tile)
         assert block_h(spec) >= 64 or 16 * schedule.int("num_warps") <= tile
         if ids == "scalar":
             assert spec.block_size % tile == 0
@@ -66,8 +67,20 @@ def test_space_is_complete(make_spec, h100):
 
 def test_fp8_decode_follows_the_hardware(make_spec, h100, a100):
     spec = make_spec(kv="fp8_e4m3")
-    assert {s["fp8_decode"] for s in feasible(spec, h100)} == {"cvt", "bits"}
+    assert {s["fp8_decode"] for s in feasible(spec, h100)} == {"cvt"}
     assert {s["fp8_decode"] for s in feasible(spec, a100)} == {"bits"}
+
+
+def test_hopper_s_own_choices_are_offered_on_hopper_alone(make_spec, h100, a100):
+    mqa = make_spec(heads=(32, 1))
+    assert {(s["rows"], s["num_warps"] >= 4) for s in feasible(mqa, h100)} == {
+        (32, True),
+        (32, False),
+        (64, True),
+    }
+    assert {s["rows"] for s in feasible(mqa, a100)} == {32}
+    assert {s["pdl"] for s in feasible(mqa, h100)} == {0, 1}
+    assert {s["pdl"] for s in feasible(mqa, a100)} == {0}
 
 
 def test_predicted_time_grows_with_bytes_and_never_beats_the_memory(make_spec, h100):

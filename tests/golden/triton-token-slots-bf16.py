@@ -1,6 +1,6 @@
 """decode-h128-q32-kv8-b1-bf16 for sm_90
 
-schedule: fp8_decodenone-idsgather-merge32-num_stages3-num_warps4-prefetch_ids1-seq_lanes128-splitpieces-tile128-waves4 (triton-decode, pagedgen 0.1.0)
+schedule: columnspieces-fp8_decodenone-max_regs0-merge32-num_stages3-num_warps4-pdl1-rows16-seq_lanes128-splitpieces-sumsreduce-tile128-waves4 (triton-decode, pagedgen 0.1.0)
 
 Decode: one query token a sequence against its paged keys and values. A program takes one piece (a run of tokens)
 of one sequence and the 4 query heads that share a KV head; pieces of a long sequence leave partial results, and the
@@ -15,6 +15,7 @@ program that finishes last merges them.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -43,6 +44,9 @@ def paged_decode(
     v_stride_head,
     block_table_stride,
 ):
+    gdc_wait()  # nothing is read or written before the kernel before this one is done
+    head_program = tl.program_id(0) % 8  # neighbours read other heads of the same tokens, near in memory
+    program = tl.program_id(0) // 8
     lanes = tl.arange(0, 128)
     total = tl.zeros([], tl.int64)  # KV tokens of the batch
     for base in range(0, num_seqs, 128):
@@ -51,7 +55,7 @@ def paged_decode(
     chunk = (total + partitions - 1) // partitions
     chunk = tl.maximum((chunk.to(tl.int32) + 127) // 128 * 128, 256)
 
-    piece = tl.program_id(0)
+    piece = program
     seq = 0  # sequences whose pieces all come before mine
     first_piece = 0  # the first piece of my sequence
     num_pieces = 0  # pieces of the sequences seen so far
@@ -72,34 +76,32 @@ def paged_decode(
     begin = part * part_len
     end = tl.minimum(begin + part_len, seq_len)
 
-    kv_head = tl.program_id(1)
+    kv_head = head_program
     heads_base = kv_head * 4
     rows = tl.arange(0, 16)
     row_ok = rows < 4
     q_heads = heads_base + rows
     col0 = tl.arange(0, 128)
-    dim_0 = col0  # columns of q and out
     tokens = tl.arange(0, 128)
     scores_scale = qk_scale
     k_block, k_token = k_stride_block, k_stride_token
     v_block, v_token = v_stride_block, v_stride_token
     k_base = k_ptr + kv_head.to(tl.int64) * k_stride_head
     v_base = v_ptr + kv_head.to(tl.int64) * v_stride_head
-    first_slot = tl.program_id(1).to(tl.int64) * (partitions + num_seqs)
+    first_slot = head_program.to(tl.int64) * (partitions + num_seqs)
     lse_slots_ptr = partial_lse_ptr + first_slot * 4
     part_slots_ptr = partial_ptr + first_slot * 512
 
+    table_ptr = block_table_ptr + seq.to(tl.int64) * block_table_stride
+    ids = tl.load(table_ptr + tl.minimum(begin + tokens, seq_len - 1) // 1)  # [128]
     q_base = q_ptr + seq.to(tl.int64) * q_stride_seq + q_heads.to(tl.int64) * q_stride_head
-    q_ptrs = q_base[:, None] + dim_0[None, :]
+    q_ptrs = q_base[:, None] + col0[None, :]
     q_0 = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [16, 128]
     scale = scores_scale
-    table_ptr = block_table_ptr + seq.to(tl.int64) * block_table_stride
-
     m = tl.full([16], float("-inf"), tl.float32)
     l = tl.zeros([16], tl.float32)
     acc_0 = tl.zeros([16, 128], tl.float32)
     full_end = begin + (end - begin) // 128 * 128
-    ids = tl.load(table_ptr + tl.minimum(begin + tokens, seq_len - 1) // 1)  # [128]
     for pos in tl.range(begin, full_end, 128, num_stages=3):
         next_ids = tl.load(table_ptr + tl.minimum(pos + 128 + tokens, seq_len - 1) // 1)  # [128]
         k_rows = ids.to(tl.int64) * k_block  # [128]
@@ -136,6 +138,7 @@ def paged_decode(
         v0 = tl.load(v_ptrs, mask=live[:, None], other=0)  # [128, 128]
         acc_0 = tl.dot(p, v0, acc_0 * alpha[:, None])
 
+    gdc_launch_dependents()  # the next kernel may start: what is left here is merging
     lse = m + tl.log2(l)  # base 2
     acc_0 = acc_0 * (1.0 / l)[:, None]
 
@@ -143,43 +146,38 @@ def paged_decode(
     if num_parts == 1:
         row_out = out_base + rows.to(tl.int64) * out_stride_head
         out_0 = acc_0.to(tl.bfloat16)
-        tl.store(row_out[:, None] + dim_0[None, :], out_0, mask=row_ok[:, None])
+        tl.store(row_out[:, None] + col0[None, :], out_0, mask=row_ok[:, None])
     else:
         # leave my part; the last program of this sequence to arrive merges them all
         my_rows = (first_piece + part) * 4 + rows
         tl.store(lse_slots_ptr + my_rows, lse, mask=row_ok)
-        my_ptrs = part_slots_ptr + my_rows[:, None] * 128 + dim_0[None, :]
+        my_ptrs = part_slots_ptr + my_rows[:, None] * 128 + col0[None, :]
         tl.store(my_ptrs, acc_0, mask=row_ok[:, None])
-        counter = counter_ptr + tl.program_id(1) * num_seqs + seq
+        counter = counter_ptr + head_program * num_seqs + seq
         tl.debug_barrier()  # every thread's stores come before the release below
         if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
             tl.store(counter, 0)  # ready for the next call
             row = tl.arange(0, 4)
             dim = tl.arange(0, 128)
-            lse_part = tl.arange(0, 32)
             merge_part = tl.arange(0, 8)
             merged_m = tl.full([4], -1e30, tl.float32)
             merged_l = tl.zeros([4], tl.float32)
-            for base in range(0, num_parts, 32):
-                others = base + lse_part
-                lse_ptrs = lse_slots_ptr + (first_piece + others)[:, None] * 4 + row[None, :]
-                ok = (others < num_parts)[:, None]
-                part_lse = tl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                m_new = tl.maximum(merged_m, tl.max(part_lse, axis=0))
-                merged_l = merged_l * tl.exp2(merged_m - m_new) + tl.sum(tl.exp2(part_lse - m_new[None, :]), axis=0)
-                merged_m = m_new
-            merged_lse = merged_m + tl.log2(merged_l)  # [4]
             merged = tl.zeros([4, 128], tl.float32)
             for base in range(0, num_parts, 8):
                 others = base + merge_part
                 part_rows = (first_piece + others)[:, None] * 4 + row[None, :]  # [8, 4]
                 ok = (others < num_parts)[:, None]
                 part_lse = tl.load(lse_slots_ptr + part_rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                weight = tl.exp2(part_lse - merged_lse[None, :])
                 part_ptrs = part_slots_ptr + part_rows[:, :, None] * 128 + dim[None, None, :]
                 part_ok = ok[:, :, None]
                 part_out = tl.load(part_ptrs, mask=part_ok, other=0.0, cache_modifier=".cg")
-                merged += tl.sum(part_out * weight[:, :, None], axis=0)
+                m_new = tl.maximum(merged_m, tl.max(part_lse, axis=0))
+                weight = tl.exp2(part_lse - m_new[None, :])
+                shrink = tl.exp2(merged_m - m_new)
+                merged_l = merged_l * shrink + tl.sum(weight, axis=0)
+                merged = merged * shrink[:, None] + tl.sum(part_out * weight[:, :, None], axis=0)
+                merged_m = m_new
+            merged = merged / merged_l[:, None]
             live = row < 4
             merged_ptrs = out_base + row.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
             ok = live[:, None]

@@ -189,7 +189,7 @@ def test_a_launch(serve, library, make_spec, kv, lse):
     assert run.results == [{"result": None}]
     (launch,) = run.launches
     partitions = 132 * 4 // 8
-    assert (launch["symbol"], launch["grid"]) == ("paged_decode", (partitions + 3, 8, 1))
+    assert (launch["symbol"], launch["grid"]) == ("paged_decode", ((partitions + 3) * 8, 1, 1))
     assert (launch["block"], launch["smem"]) == ((128, 1, 1), 50_000)
     got = dict(zip(names_of(spec), launch["arguments"], strict=True))
     slots = 8 * (partitions + 3) * 4
@@ -217,7 +217,17 @@ def test_the_table_picks_and_the_grid_follows(serve, library, make_spec):
     spec = make_spec(128, (32, 8), 16, "f16")
     steps = [["decode", arguments_for(spec, n, variant=v)] for n, v in [(4, -1), (5, -1), (4, 1), (1, 0)]]
     grids = [launch["grid"][0] for launch in serve(library(spec), steps, types=types_of(spec)).launches]
-    assert grids == [66 + 4, 33 + 5, 33 + 4, 66 + 1]
+    assert grids == [8 * n for n in (66 + 4, 33 + 5, 33 + 4, 66 + 1)]
+
+
+def test_programmatic_dependent_launch_is_asked_for_where_the_kernel_waits(
+    serve, gpu_binary, make_spec, tmp_path
+):
+    spec = make_spec(128, (32, 8), 16, "f16")
+    out = link([gpu_binary(spec, pdl=pdl) for pdl in (0, 1)], (), tmp_path / "pdl.so")
+    steps = [["decode", arguments_for(spec, variant=variant)] for variant in (0, 1)]
+    notes = [n for n in serve(out, steps, types=types_of(spec)).notes if n.startswith("launch")]
+    assert ["attribute 6 = 1" in note for note in notes] == [False, True]
 
 
 def test_a_named_variant_loads_itself_alone(serve, library, make_spec):
@@ -248,7 +258,7 @@ def test_another_device_than_the_current_one(serve, library, make_spec):
     steps = [["decode", arguments_for(spec, device=1, variant=0)]] * 2
     run = serve(library(spec), steps, devices=f"{H100},90:114:232448", types=types_of(spec))
     assert [launch["context"] for launch in run.launches] == ["c1", "c1"]
-    assert run.launches[0]["grid"][0] == 114 * 4 // 8 + 3
+    assert run.launches[0]["grid"][0] == 114 * 4 + 3 * 8
     kinds = [note.split()[0] for note in run.notes]
     assert kinds == ["push", "load", "attribute", "pop", "push", "launch", "pop", "push", "launch", "pop"]
 
@@ -297,7 +307,7 @@ def test_sm_80_kernels_on_an_rtx_4090_are_machine_code(serve, library, make_spec
     spec = make_spec(128, (32, 8), 16, "f16")
     run = serve(library(spec, a100), [["decode", arguments_for(spec)]], devices=RTX4090, types=types_of(spec))
     assert run.notes[0].startswith("load ELF")
-    assert run.launches[0]["grid"][0] == 128 * 4 // 8 + 3
+    assert run.launches[0]["grid"][0] == 128 * 4 + 3 * 8
 
 
 @pytest.mark.parametrize(
@@ -312,7 +322,7 @@ def test_sm_80_kernels_on_an_rtx_4090_are_machine_code(serve, library, make_spec
         ),
         ("cuModuleGetFunction:500", "LaunchError", "looking up paged_decode, variant 0: CUDA_ERROR_OTHER"),
         ("cuFuncSetAttribute:1", "LaunchError", "reserving shared memory, variant 0: CUDA_ERROR_OTHER"),
-        ("cuLaunchKernel:719", "LaunchError", "cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED (made up)"),
+        ("cuLaunchKernelEx:719", "LaunchError", "cuLaunchKernelEx: CUDA_ERROR_LAUNCH_FAILED (made up)"),
         ("cuCtxGetCurrent:201", "LaunchError", "cuCtxPushCurrent: CUDA_ERROR_OTHER"),
     ],
 )

@@ -61,7 +61,7 @@ class Interpreted:
             v.stride(2),
             table.stride(0),
         ]
-        self.kernel[(grid, self.programs)](*arguments)
+        self.kernel[(grid * self.programs,)](*arguments)
         assert not self.counters.any(), "counters must be zero after a call"
 
 
@@ -72,18 +72,21 @@ def main() -> int:
     loaded.loader.exec_module(conftest)
     spec_args, choices = ast.literal_eval(sys.argv[1])
     base = {
+        "columns": "pieces",
         "tile": 64,
         "num_warps": 4,
         "num_stages": 3,
         "waves": 4,
-        "ids": "page",
-        "prefetch_ids": 1,
         "seq_lanes": 128,
         "split": "pieces",
         "merge": 32,
+        "pdl": 0,
+        "sums": "reduce",
+        "max_regs": 0,
     }
-    schedule = Schedule.of("triton-decode", **(base | {"fp8_decode": "none"} | choices))
     spec = conftest.make_spec(**spec_args)
+    base["rows"] = block_h(spec)
+    schedule = Schedule.of("triton-decode", **(base | {"fp8_decode": "none"} | choices))
     block = spec.block_size
     # An interpreted operation costs about 50 us, so these are the gate's cases in small.
     cases = [

@@ -16,11 +16,11 @@ import pytest
 CASES = {
     "gqa": ({"heads": (4, 1), "head_dim": 64}, {"tile": 64}),
     "block8-h80-lse": ({"heads": (5, 1), "head_dim": 80, "block_size": 8, "lse": True}, {"tile": 32}),
-    "token-slots": ({"heads": (7, 1), "head_dim": 96, "block_size": 1}, {"ids": "gather", "prefetch_ids": 0}),
-    "mqa-block544": ({"heads": (71, 1), "head_dim": 32, "block_size": 544}, {"tile": 32, "ids": "scalar"}),
+    "token-slots": ({"heads": (7, 1), "head_dim": 96, "block_size": 1}, {"sums": "dot"}),
+    "mqa-block544": ({"heads": (71, 1), "head_dim": 32, "block_size": 544}, {"tile": 32}),
     "e4m3-heads": (
         {"heads": (2, 2), "head_dim": 40, "block_size": 64, "kv": "fp8_e4m3", "scale": "head", "lse": True},
-        {"ids": "scalar", "fp8_decode": "plain"},
+        {"fp8_decode": "plain"},
     ),
     "even-lse": (
         {"heads": (10, 2), "head_dim": 80, "block_size": 8, "lse": True},
@@ -28,12 +28,13 @@ CASES = {
     ),
     "even-e4m3": (
         {"heads": (4, 2), "head_dim": 64, "block_size": 64, "kv": "fp8_e4m3"},
-        {"ids": "scalar", "fp8_decode": "plain", "split": "even"},
+        {"fp8_decode": "plain", "split": "even"},
     ),
+    "rows-for-wgmma": ({"heads": (20, 1), "head_dim": 64}, {"rows": 64, "sums": "dot"}),
     "e5m2": ({"heads": (2, 1), "head_dim": 64, "block_size": 32, "kv": "fp8_e5m2"}, {"fp8_decode": "plain"}),
     "e4m3-block48": (
         {"heads": (4, 1), "head_dim": 72, "block_size": 48, "kv": "fp8_e4m3"},
-        {"ids": "gather", "fp8_decode": "plain"},
+        {"fp8_decode": "plain", "columns": "whole", "sums": "dot"},
     ),
 }
 

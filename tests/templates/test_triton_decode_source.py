@@ -17,18 +17,21 @@ from pagedgen.values.schedule import Schedule
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def schedule(**choices) -> Schedule:
+def schedule(spec, **choices) -> Schedule:
     base = {
+        "rows": block_h(spec),
+        "columns": "pieces",
         "tile": 64,
         "num_warps": 4,
         "num_stages": 3,
         "waves": 4,
-        "ids": "page",
-        "prefetch_ids": 1,
         "seq_lanes": 128,
         "split": "pieces",
         "merge": 32,
         "fp8_decode": "none",
+        "sums": "reduce",
+        "max_regs": 0,
+        "pdl": 0,
     }
     return Schedule.of("triton-decode", **(base | choices))
 
@@ -38,9 +41,9 @@ GOLDENS = {
     "triton-mqa-h80-bf16-e4m3-lse": (
         {"head_dim": 80, "heads": (71, 1), "q": "bf16", "kv": "fp8_e4m3", "scale": "head", "lse": True},
         "a100",
-        {"fp8_decode": "bits", "prefetch_ids": 0},
+        {"fp8_decode": "bits", "sums": "dot"},
     ),
-    "triton-token-slots-bf16": ({"q": "bf16", "block_size": 1}, "h100", {"ids": "gather", "tile": 128}),
+    "triton-token-slots-bf16": ({"q": "bf16", "block_size": 1}, "h100", {"tile": 128, "pdl": 1}),
 }
 
 
@@ -48,7 +51,8 @@ GOLDENS = {
 def test_rendered_source_is_pinned(name, request, make_spec):
     """Regenerate with PAGEDGEN_UPDATE_GOLDEN=1 and read the difference before committing it."""
     spec_args, target, choices = GOLDENS[name]
-    text = render(make_spec(**spec_args), request.getfixturevalue(target), schedule(**choices)).text
+    spec = make_spec(**spec_args)
+    text = render(spec, request.getfixturevalue(target), schedule(spec, **choices)).text
     path = GOLDEN / f"{name}.py"
     if os.environ.get("PAGEDGEN_UPDATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
@@ -74,12 +78,12 @@ def test_source_has_no_unused_names_and_no_blank_runs(name):
 @pytest.mark.parametrize("warps", [1, 4])
 def test_loads_cover_head_dim_without_the_next_power_of_two(make_spec, head_dim, kv, warps):
     spec = make_spec(head_dim=head_dim, kv=kv)
-    loads = loads_of(spec, warps)
+    loads = loads_of(spec, warps, block_h(spec))
     columns = head_dim // 2 if spec.kv_dtype.is_fp8 else head_dim
     assert sum(load.valid for load in loads) == columns
     assert [load.base for load in loads] == [0, *(loads[0].valid for _ in loads[1:])]
     assert all(load.width >= 16 and load.width & (load.width - 1) == 0 for load in loads)
-    parts = parts_of(spec, warps)
+    parts = parts_of(spec, loads)
     assert len({part.name for part in parts}) == len(parts)
     assert warps == 1 or all(
         load.width > block_h(spec) for load in loads
@@ -95,14 +99,13 @@ def test_loads_cover_head_dim_without_the_next_power_of_two(make_spec, head_dim,
         ("a100", {"q": "bf16", "kv": "fp8_e4m3"}, {"fp8_decode": "bits"}),
         ("a100", {"kv": "fp8_e5m2"}, {"fp8_decode": "bits"}),
         ("h100", {"q": "bf16", "kv": "fp8_e4m3", "lse": True}, {"fp8_decode": "cvt"}),
-        ("h100", {"head_dim": 96, "heads": (32, 32), "block_size": 544}, {"ids": "gather"}),
-        ("h100", {"head_dim": 256, "heads": (16, 8), "block_size": 64, "q": "bf16"}, {"ids": "scalar"}),
+        ("h100", {"head_dim": 96, "heads": (32, 32), "block_size": 544}, {}),
+        ("h100", {"head_dim": 256, "heads": (16, 8), "block_size": 64, "q": "bf16"}, {"max_regs": 168}),
     ],
 )
 def test_compiles_for_a_named_arch_with_no_gpu(request, make_spec, arch, spec_args, choices):
-    binary = compile_triton(
-        render(make_spec(**spec_args), request.getfixturevalue(arch), schedule(**choices))
-    )
+    spec = make_spec(**spec_args)
+    binary = compile_triton(render(spec, request.getfixturevalue(arch), schedule(spec, **choices)))
     assert binary.symbol == "paged_decode"
     assert binary.num_warps == 4
     assert 0 < binary.resources.registers <= 255
@@ -117,7 +120,7 @@ def test_compiles_for_a_named_arch_with_no_gpu(request, make_spec, arch, spec_ar
 def test_default_schedule_is_legal_and_prefers_the_declared_defaults(make_spec, h100):
     spec = make_spec()
     chosen = default_schedule(spec, h100)
-    assert (chosen["tile"], chosen["num_warps"], chosen["ids"]) == (64, 2, "page")
+    assert (chosen["tile"], chosen["num_warps"], chosen["num_stages"]) == (64, 2, 2)
 
 
 def test_signature_covers_every_argument(make_spec):
@@ -140,4 +143,4 @@ def test_alignment_is_what_head_dim_allows(make_spec):
 )
 def test_refuses_what_it_cannot_do(make_spec, h100, spec_args, word):
     with pytest.raises(Unsupported, match=word):
-        render(make_spec(**spec_args), h100, schedule())
+        render(make_spec(**spec_args), h100, schedule(make_spec()))

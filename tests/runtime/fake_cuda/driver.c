@@ -101,20 +101,35 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
   *mode = before;
   return 0;
 }
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned smem, void* stream, void** parameters, void** extra) {
+typedef struct {
+  int id, padding;
+  int value[16];
+} Attribute;
+typedef struct {
+  unsigned gx, gy, gz, bx, by, bz, smem;
+  void* stream;
+  const Attribute* attributes;
+  unsigned count;
+} Config;
+int cuLaunchKernelEx(const Config* config, void* function, void** parameters, void** extra) {
   char text[2000];
   /* $FAKE_CUDA_TYPES says how each argument is read: p and l 64 bits, i 32 bits, f float */
   const char* types = getenv("FAKE_CUDA_TYPES");
-  int used = snprintf(text, sizeof(text), "launch %s grid %u %u %u block %u %u %u smem %u stream %lx context %lx args",
-                      *(char**)function, gx, gy, gz, bx, by, bz, smem, (long)stream, (long)stack[depth]);
+  int used = snprintf(text, sizeof(text), "launch %s grid %u %u %u block %u %u %u smem %u stream %lx context %lx",
+                      *(char**)function, config->gx, config->gy, config->gz, config->bx, config->by, config->bz,
+                      config->smem, (long)config->stream, (long)stack[depth]);
+  for (unsigned i = 0; i < config->count; ++i) {
+    const Attribute* a = &config->attributes[i];
+    used += snprintf(text + used, sizeof(text) - used, " attribute %d = %d", a->id, a->value[0]);
+  }
+  used += snprintf(text + used, sizeof(text) - used, " args");
   for (int i = 0; types[i]; ++i) {
     used += types[i] == 'f'   ? snprintf(text + used, sizeof(text) - used, " %.9g", *(float*)parameters[i])
             : types[i] == 'i' ? snprintf(text + used, sizeof(text) - used, " %d", *(int32_t*)parameters[i])
                               : snprintf(text + used, sizeof(text) - used, " %ld", *(int64_t*)parameters[i]);
   }
   note(text);
-  return fails("cuLaunchKernel");
+  return fails("cuLaunchKernelEx");
 }
 int cuGetErrorName(int code, const char** name) {
   *name = code == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR_OTHER";
