@@ -44,9 +44,9 @@ class Compiled:
 
     @classmethod
     def of(cls, binary: Binary, fresh: bool) -> Compiled:
-        """A spilling binary is refused here: spills go through memory, which decode has none to spare of."""
+        """A binary that spills more than its family allows is refused: decode has no memory time to spare."""
         spilled = binary.resources.spill_bytes
-        if spilled:
+        if spilled > family_for(binary.source.spec, binary.source.target).spill_bytes:
             return cls(binary.source, None, f"spills {spilled} B a thread", fresh)
         return cls(binary.source, binary, "", fresh)
 

@@ -112,10 +112,12 @@ class Rotation:
         if size > ROTATION * last_level_cache_bytes(device):
             count = 1  # a call reads so much that it evicts its own beginning
         self.num_bytes, self.turns = count * size, Turns(count)
-        self.inputs: list[Inputs] = [
-            make_inputs(spec, workload.seq_lens, device, seed + i, pool=pool_layout(device), poison=False)
-            for i in range(count)
-        ]
+        pool, queries = pool_layout(device), workload.lens_of_queries
+        self.inputs: list[Inputs] = []
+        for i in range(count):
+            lens = workload.seq_lens
+            made = make_inputs(spec, lens, device, seed + i, query_lens=queries, pool=pool, poison=False)
+            self.inputs.append(made)
 
 
 _rotations: OrderedDict[tuple[KernelSpec, Workload, str, int], Rotation] = OrderedDict()

@@ -74,3 +74,21 @@ def gpu_read_gbs() -> float:
             raise RuntimeError("the roofline kernel did not read everything")
         best = max(best, GPU_BYTES / statistics.median(times) / 1e6)
     return best
+
+
+def gpu_matmul_tflops() -> float:
+    """The best median rate of torch's product of two bfloat16 matrices of 8192 x 8192: TFLOP/s."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    a @ b
+    times = []
+    for _ in range(ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        for _ in range(4):
+            a @ b
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)) / 4)
+    return float(2 * 8192**3) / statistics.median(times) / 1e9

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from pagedgen.errors import ArgumentError, PagedgenError, SpecNotInPack
+from pagedgen.errors import ArgumentError, PackDamaged, PagedgenError, SpecNotInPack
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.pack import Pack, check_machine, open_pack
 from pagedgen.values.manifest import KernelEntry
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 
 TORCH_DTYPES = {
     DType.F32: torch.float32,
@@ -60,17 +61,20 @@ class Workspaces:
 class Kernel:
     """The kernels of one spec: its library, and what a call needs beside its arguments."""
 
-    __slots__ = ("decode", "entry", "library", "softmax_scale", "spec", "workspaces")
+    __slots__ = ("call", "entry", "library", "softmax_scale", "spec", "workspaces")
 
     def __init__(self, entry: KernelEntry, library: Library) -> None:
         self.entry, self.spec, self.library = entry, entry.spec, library
-        self.decode = library.decode
+        try:
+            self.call: Callable[..., None] = getattr(library, entry.spec.op.value)
+        except AttributeError:
+            raise PackDamaged(f"{library.path}: it has no function named {entry.spec.op.value}") from None
         self.softmax_scale = entry.spec.head_dim**-0.5
         self.workspaces = Workspaces(library)
 
 
 class Attention:
-    """A loaded pack: decode attention over a paged KV cache.
+    """A loaded pack: attention over a paged KV cache, by the operators that it has kernels of.
 
     Calls go on torch's current stream and do not synchronise. They may be captured in a CUDA graph; call
     :meth:`prepare`, or once eagerly, before.
@@ -84,7 +88,9 @@ class Attention:
         self.pack = pack
         kernels = [Kernel(e, Library(pack.file(e.library))) for e in pack.manifest.kernels]
         self._kernels = {kernel.spec: kernel for kernel in kernels}
-        self._only = kernels[0] if len(kernels) == 1 else None
+        # An operator's kernel where it has one: no search, the library checks the arguments itself.
+        of_op = {op: [kernel for kernel in kernels if kernel.spec.op is op] for op in Op}
+        self._only = {op: found[0] for op, found in of_op.items() if len(found) == 1}
         self._matches: dict[tuple[object, ...], Kernel] = {}
 
     @property
@@ -105,6 +111,7 @@ class Attention:
         softmax_scale: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
         max_seq_len: int | None = None,
         spec: KernelSpec | None = None,
@@ -124,6 +131,7 @@ class Attention:
                 with ``return_lse``; allocated if not given.
             softmax_scale: ``head_dim ** -0.5`` if not given.
             k_scale, v_scale: float32 dequantisation scales of an fp8 cache, ``[1]`` or ``[num_kv_heads]``.
+            sinks: float32 ``[num_q_heads]``, for kernels with ``sinks``.
             workspace: uint8, at least :meth:`workspace_bytes`, zeroed once by its owner, used for nothing
                 else and always with the same size. The call allocates nothing if this and ``out`` are given.
             max_seq_len: a bound on seq_lens that is known on the host; picks the kernel. What the block table
@@ -138,16 +146,11 @@ class Attention:
             SpecNotInPack: no kernel, or more than one, for these tensors.
         """
         try:
-            kernel = self._only if spec is None else self._kernels.get(spec)
-            if kernel is None:
-                kernel = self._find(q, k, lse, k_scale, spec)
+            kernel = self._only.get(Op.DECODE) if spec is None else self._kernels.get(spec)
+            if kernel is None or kernel.spec.op is not Op.DECODE:
+                kernel = self._find(Op.DECODE, q, k, lse, k_scale, sinks, spec)
             if max_seq_len is None:
-                if block_table.ndim != 2:
-                    shape = list(block_table.shape)
-                    raise ArgumentError(
-                        f"block_table.shape = {shape}: rank 2 is expected, [num_seqs, max_blocks]"
-                    )
-                max_seq_len = block_table.shape[1] * kernel.spec.block_size
+                max_seq_len = _capacity(block_table, kernel.spec)
             if out is None:
                 out = torch.empty_like(q)
             returns_lse = kernel.spec.return_lse
@@ -155,7 +158,7 @@ class Attention:
                 lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
             if workspace is None:
                 workspace = kernel.workspaces.take(q.shape[0] if q.ndim else 0, q.device)
-            kernel.decode(
+            kernel.call(
                 q,
                 k,
                 v,
@@ -169,6 +172,7 @@ class Attention:
                 workspace,
                 max_seq_len,
                 -1,
+                *_sinks(kernel.spec, sinks),
             )
         except PagedgenError:
             raise
@@ -184,6 +188,103 @@ class Attention:
                 lse=lse,
                 k_scale=k_scale,
                 v_scale=v_scale,
+                sinks=sinks,
+                workspace=workspace,
+            )
+            raise
+        if returns_lse:
+            assert lse is not None
+            return out, lse
+        return out
+
+    def extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+        spec: KernelSpec | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Causal attention of the last tokens of each sequence: prompts, chunks and decodes, mixed.
+
+        K and V of all tokens are in the cache, those of the queries included. Query i of the n of a sequence
+        sees the tokens at positions up to ``seq_len - n + i``, the spec's ``window`` of them at most.
+
+        Args:
+            q: ``[num_tokens, num_q_heads, head_dim]``, the queries of the sequences one after the other,
+                head_dim contiguous.
+            k, v, block_table, seq_lens: as :meth:`decode`.
+            cu_seqlens_q: int32 ``[num_seqs + 1]``, not decreasing: the queries of sequence s are
+                ``q[cu_seqlens_q[s] : cu_seqlens_q[s + 1]]``, at most ``seq_lens[s]``, or none. Rows of q
+                outside them are padding: nothing is written there.
+            out: where the result goes, as q; allocated if not given.
+            lse: float32 ``[num_tokens, num_q_heads]``, otherwise as :meth:`decode`.
+            softmax_scale, k_scale, v_scale, sinks, workspace, max_seq_len, spec: as :meth:`decode`.
+
+        Returns:
+            ``out``, or ``(out, lse)`` if the kernel returns an LSE.
+
+        Raises:
+            ArgumentError: an argument is not as above; names it, its value and what is allowed. Nothing ran.
+                What lies in device memory, lengths and block ids, is not read for it.
+            SpecNotInPack: no extend kernel, or more than one, for these tensors.
+        """
+        try:
+            kernel = self._only.get(Op.EXTEND) if spec is None else self._kernels.get(spec)
+            if kernel is None or kernel.spec.op is not Op.EXTEND:
+                kernel = self._find(Op.EXTEND, q, k, lse, k_scale, sinks, spec)
+            if max_seq_len is None:
+                max_seq_len = _capacity(block_table, kernel.spec)
+            if out is None:
+                out = torch.empty_like(q)
+            returns_lse = kernel.spec.return_lse
+            if returns_lse and lse is None:
+                lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            if workspace is None:
+                workspace = kernel.workspaces.take(seq_lens.shape[0] if seq_lens.ndim else 0, q.device)
+            kernel.call(
+                q,
+                k,
+                v,
+                block_table,
+                seq_lens,
+                cu_seqlens_q,
+                out,
+                lse,
+                kernel.softmax_scale if softmax_scale is None else softmax_scale,
+                k_scale,
+                v_scale,
+                workspace,
+                max_seq_len,
+                -1,
+                *_sinks(kernel.spec, sinks),
+            )
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(
+                q=q,
+                k=k,
+                v=v,
+                block_table=block_table,
+                seq_lens=seq_lens,
+                cu_seqlens_q=cu_seqlens_q,
+                out=out,
+                lse=lse,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                sinks=sinks,
                 workspace=workspace,
             )
             raise
@@ -237,38 +338,54 @@ class Attention:
 
     def _find(
         self,
+        op: Op,
         q: torch.Tensor,
         k: torch.Tensor,
         lse: torch.Tensor | None,
         k_scale: torch.Tensor | None,
+        sinks: torch.Tensor | None,
         spec: KernelSpec | None,
     ) -> Kernel:
-        """The kernel that fits the tensors; what it found is remembered."""
+        """The kernel of an operator that fits the tensors; what it found is remembered."""
         if spec is not None:
-            return self.kernel(spec)
+            kernel = self.kernel(spec)
+            if spec.op is not op:
+                raise SpecNotInPack(f"spec = {spec.name}: a spec of {op.value} is expected")
+            return kernel
         strides = k.stride()
         scales = 0 if k_scale is None else k_scale.numel()
         inner = (strides[-1:] == (1,), strides[1:2] == (1,))
-        key = (q.dtype, k.dtype, q.shape[1:], k.shape[1:], inner, lse is None, scales)
-        kernel = self._matches.get(key)
-        if kernel is None:
-            kernel = self._match(q, k, lse, k_scale)
+        key = (op, q.dtype, k.dtype, q.shape[1:], k.shape[1:], inner, lse is None, scales, sinks is None)
+        found = self._matches.get(key)
+        if found is None:
+            found = self._match(op, q, k, lse, k_scale, sinks)
             if len(self._matches) >= MANY_MATCHES:
                 self._matches.clear()
-            self._matches[key] = kernel
-        return kernel
+            self._matches[key] = found
+        return found
 
     def _match(
-        self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, k_scale: torch.Tensor | None
+        self,
+        op: Op,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        lse: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        sinks: torch.Tensor | None,
     ) -> Kernel:
         if q.ndim != 3:
+            rows = "num_seqs" if op is Op.DECODE else "num_tokens"
             raise ArgumentError(
-                f"q.shape = {list(q.shape)}: rank 3 is expected, [num_seqs, num_q_heads, head_dim]"
+                f"q.shape = {list(q.shape)}: rank 3 is expected, [{rows}, num_q_heads, head_dim]"
             )
         if k.ndim != 4:
             pool = "[num_blocks, block_size, num_kv_heads, head_dim]"
             raise ArgumentError(f"k.shape = {list(k.shape)}: rank 4 is expected, {pool}")
-        fits = [kernel for kernel in self._kernels.values() if _fits(kernel.spec, q, k)]
+        of_op = [kernel for kernel in self._kernels.values() if kernel.spec.op is op]
+        if not of_op:
+            raise SpecNotInPack(f"{op.value}: {self._known()}")
+        fits = [kernel for kernel in of_op if _fits(kernel.spec, q, k)]
+        fits = [kernel for kernel in fits if kernel.spec.sinks == (sinks is not None)]
         if lse is not None:
             fits = [kernel for kernel in fits if kernel.spec.return_lse]
         elif not all(kernel.spec.return_lse for kernel in fits):
@@ -280,7 +397,7 @@ class Attention:
             return fits[0]
         what = (
             f"q {q.dtype} {list(q.shape)}, k {k.dtype} {list(k.shape)} with strides {list(k.stride())}"
-            f"{'' if lse is None else ', lse wanted'}"
+            f"{'' if lse is None else ', lse wanted'}{'' if sinks is None else ', sinks given'}"
         ).replace("torch.", "")
         if fits:
             names = ", ".join(kernel.spec.name for kernel in fits)
@@ -288,9 +405,26 @@ class Attention:
         raise SpecNotInPack(f"{what}: no kernel fits; {self._known()}")
 
 
+def _capacity(block_table: torch.Tensor, spec: KernelSpec) -> int:
+    """Tokens that a row of the block table can hold."""
+    if block_table.ndim != 2:
+        shape = list(block_table.shape)
+        raise ArgumentError(f"block_table.shape = {shape}: rank 2 is expected, [num_seqs, max_blocks]")
+    return block_table.shape[1] * spec.block_size
+
+
+def _sinks(spec: KernelSpec, sinks: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The argument that kernels with sinks have more."""
+    if spec.sinks:
+        return (sinks,)
+    if sinks is not None:
+        raise ArgumentError(f"sinks: None is expected, since {spec.name} has none")
+    return ()
+
+
 def _refuse_strange(**tensors: object) -> None:
     for name, value in tensors.items():
-        if value is None and name in ("lse", "k_scale", "v_scale", "workspace", "out"):
+        if value is None and name in ("lse", "k_scale", "v_scale", "sinks", "workspace", "out"):
             continue
         if not isinstance(value, torch.Tensor):
             raise ArgumentError(f"{name}: {type(value).__name__}: a torch.Tensor is expected")

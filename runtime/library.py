@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tvm_ffi
 
 from pagedgen import errors
+from pagedgen.values.spec import Op
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
         ],
         None,
     ]
+    # As Decode with cu_seqlens_q after seq_lens; a spec with sinks takes them as one more argument, the last.
+    Extend = Callable[..., None]
 
 # Error kinds that launchers raise (templates/launcher), as the exceptions they stand for.
 for _error in (errors.ArgumentError, errors.LaunchError, errors.DeviceMissing, errors.PackForeign):
@@ -49,17 +52,24 @@ def _optional(module: Any, name: str) -> Any:
 
 
 class Library:
-    """A loaded library.
+    """A loaded library. It has the one function that is named after its spec's operator:
 
-    ``decode(q, k, v, block_table, seq_lens, out, lse, softmax_scale, k_scale, v_scale, workspace,
-    max_seq_len, variant)`` is the library's own function, with nothing in between.
+    - ``decode(q, k, v, block_table, seq_lens, out, lse, softmax_scale, k_scale, v_scale, workspace,
+      max_seq_len, variant[, sinks])``
+    - ``extend(q, k, v, block_table, seq_lens, cu_seqlens_q, out, lse, softmax_scale, k_scale, v_scale,
+      workspace, max_seq_len, variant[, sinks])``
+
+    which is the library's own, with nothing in between.
 
     Raises:
         PackForeign: the system cannot load the file (other processor, missing libtvm_ffi).
         PackDamaged: it loads but is no library of ours.
     """
 
-    __slots__ = ("_prepare", "_set_num_threads", "_workspace_bytes", "decode", "path")
+    __slots__ = ("_prepare", "_set_num_threads", "_workspace_bytes", "decode", "extend", "path")
+
+    decode: Decode
+    extend: Extend
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -67,8 +77,13 @@ class Library:
             module = tvm_ffi.load_module(str(self.path))
         except Exception as error:  # tvm_ffi raises plain RuntimeErrors with the dynamic loader's text
             raise errors.PackForeign(f"{self.path} does not load here: {error}") from error
+        for op in Op:
+            if (function := _optional(module, op.value)) is not None:
+                setattr(self, op.value, function)
+                break
+        else:
+            raise errors.PackDamaged(f"{self.path}: it has no function named {' or '.join(Op)}")
         try:
-            self.decode: Decode = module.get_function("decode")
             self._workspace_bytes: Callable[[int], int] = module.get_function("workspace_bytes")
         except AttributeError as error:
             raise errors.PackDamaged(f"{self.path}: {error}") from error

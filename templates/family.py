@@ -63,6 +63,8 @@ class Family(ABC):
     kind: str  # Target.kind it renders for: "cuda" (hip is compiled by the same backend) or "cpu"
     source: Path  # the .j2 file
     shared: tuple[Path, ...] = ()  # files the source imports; they count in the template's hash
+    spill_bytes: int = 0  # a thread, that a kernel may spill and still be used
+    masks: tuple[str, ...] = ()  # of KernelSpec.masks, those that the template covers
 
     @abstractmethod
     def check(self, spec: KernelSpec, target: Target) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pagedgen.compiler.binary import Binary, Source
@@ -56,12 +58,14 @@ def make_spec(
     scale: str = "tensor",
     lse: bool = False,
     k_inner: str = "dim",
+    op: str = "decode",
+    **masks: Any,
 ) -> KernelSpec:
-    """A decode spec in one line."""
+    """A spec in one line, decode unless ``op`` says otherwise."""
     kv_dtype = DType(kv or q)
     kv_scale = KVScale(scale) if kv_dtype.is_fp8 else KVScale.NONE
     return KernelSpec(
-        Op.DECODE, head_dim, *heads, block_size, DType(q), kv_dtype, kv_scale, KInner(k_inner), lse
+        Op(op), head_dim, *heads, block_size, DType(q), kv_dtype, kv_scale, KInner(k_inner), lse, **masks
     )
 
 
@@ -87,11 +91,11 @@ def gpu_binary(h100):
 
     def make(spec: KernelSpec, target: Target = h100, *, suffix: str = "", **choices: int | str) -> Binary:
         schedule = default_schedule(spec, target)
-        choices = {**dict(schedule.choices), "waves": 4, **choices}
+        choices = {**dict(schedule.choices), **({"waves": 4} if spec.op is Op.DECODE else {}), **choices}
         source = Source(spec, target, Schedule.of(schedule.template, **choices), "# kernel source\n")
         ptx = f".version 8.7\n.target {target.arch}{suffix}\n.address_size 64\n// made up\n".encode()
         files = (("kernel.cubin", b"\x7fELF made up " + bytes(range(256))), ("kernel.ptx", ptx))
-        return Binary(source, "paged_decode", files, Resources(64, 0, 50_000, 300), "made up", 4)
+        return Binary(source, f"paged_{spec.op}", files, Resources(64, 0, 50_000, 300), "made up", 4)
 
     return make
 

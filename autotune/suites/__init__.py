@@ -43,6 +43,11 @@ SUITES: dict[str, Suite] = {
             "pagedgen.autotune.suites.decode_gpu",
         ),
         Suite(
+            "extend-gpu",
+            "prefill, chunks and mixed batches on this GPU: published rows, formats, masks, tiles",
+            "pagedgen.autotune.suites.extend_gpu",
+        ),
+        Suite(
             "load",
             "loading a pack and the first call in a fresh process, call overhead, pagedgen --help",
             "pagedgen.autotune.suites.load",

@@ -16,7 +16,7 @@ from pagedgen.compiler.space import near_default
 from pagedgen.errors import CompileError
 from pagedgen.runtime.library import Library
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import KernelSpec
+from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
@@ -31,6 +31,7 @@ class Contender:
     clock: Clock
     kv_bytes: int
     detail: str = ""
+    flops: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +75,27 @@ def pick(
 
 
 def ours(
-    spec: KernelSpec, target: Target, workload: Workload, device: str, folder: Path, name: str = "pagedgen"
+    spec: KernelSpec,
+    target: Target,
+    workload: Workload,
+    device: str,
+    folder: Path,
+    name: str = "pagedgen",
+    schedule: Schedule | None = None,
 ) -> Contender:
-    """Our kernel for a workload: picked, compiled, linked and gated in this process.
+    """Our kernel for a workload: picked unless given, compiled, linked and gated in this process.
 
     Raises:
         GateFailure: the kernel is wrong.
         CompileError: it does not compile.
     """
-    chosen = pick(spec, target, workload)
+    chosen = pick(spec, target, workload) if schedule is None else Pick(schedule, "candidate")
     out = folder / f"{spec.name}-{chosen.schedule.hash}.so"
     library = link([compile_one(spec, target, chosen.schedule)], (), out)
     verdict = gate_variant(library, spec, 0, device, 0)
     clock = clock_of(Library(library), spec, workload, Verified(0, chosen.schedule, verdict), device)
-    return Contender(name, clock, workload.kv_bytes(spec), f"{chosen.origin}: {chosen.schedule.name}")
+    flops = 0 if spec.op is Op.DECODE else workload.flops(spec)
+    return Contender(name, clock, workload.kv_bytes(spec), f"{chosen.origin}: {chosen.schedule.name}", flops)
 
 
 def contest(
@@ -113,7 +121,7 @@ def contest(
         if read_gbs is not None:
             bandwidths.append(read_gbs())
     rows = tuple(
-        Row(c.name, tuple(samples[c.name]), c.kv_bytes, c.detail, failures.get(c.name, ""))
+        Row(c.name, tuple(samples[c.name]), c.kv_bytes, c.detail, failures.get(c.name, ""), c.flops)
         for c in contenders
     )
     return rows, tuple(bandwidths)

@@ -82,6 +82,7 @@ class Row:
     kv_bytes: int  # that one call has to read
     detail: str = ""  # schedule and where it comes from; version of a peer
     failure: str = ""
+    flops: int = 0  # of one call, where matrix products are what bounds it
 
     @property
     def median_us(self) -> float:
@@ -108,6 +109,8 @@ class Summary:
     detail: str
     failure: str
     samples_us: tuple[float, ...]
+    tflops: float = 0.0  # at the median; 0 where FLOPs are not what is counted
+    matmul_share: float = 0.0  # of the rate of a large matrix product measured in the same run
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ class Case:
     workload: Workload
     rows: tuple[Row, ...]
     read_gbs: tuple[float, ...]  # one a round, or one for all
+    matmul_tflops: float = 0.0  # of a large matrix product in the same run; 0 where it does not matter
 
     def summaries(self) -> tuple[Summary, ...]:
         """What follows from the samples; the first row is the one others are compared with."""
@@ -136,6 +140,7 @@ class Case:
             ours = [first.kv_bytes / time / 1e3 for time in first.samples_us]
             ratio = statistics.median(a / b for a, b in zip(ours, rates, strict=True))
         ordered = sorted(times)
+        tflops = row.flops / row.median_us / 1e6
         return Summary(
             row.contender,
             row.median_us,
@@ -147,6 +152,8 @@ class Case:
             row.detail,
             row.failure,
             times,
+            tflops,
+            tflops / self.matmul_tflops if self.matmul_tflops else 0.0,
         )
 
 
@@ -161,6 +168,7 @@ class CaseData:
     num_tokens: int
     read_gbs: tuple[float, ...]
     rows: tuple[Summary, ...]
+    matmul_tflops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +192,7 @@ class Report:
                 case.workload.num_tokens,
                 case.read_gbs,
                 case.summaries(),
+                case.matmul_tflops,
             )
             for case in cases
         )
@@ -201,6 +210,10 @@ class Report:
         """A table for a terminal, one line a row."""
         lines = []
         for case in self.cases:
+            if case.matmul_tflops:
+                lines.append(f"{case.name} ({case.workload}; matmul {case.matmul_tflops:,.0f} TFLOP/s)")
+                lines += [_flops_line(row) for row in case.rows]
+                continue
             roof = f"; reading {statistics.median(case.read_gbs):,.1f} GB/s" if case.read_gbs else ""
             lines.append(f"{case.name} ({case.workload}{roof})")
             for row in case.rows:
@@ -214,3 +227,10 @@ class Report:
                     f"  {row.contender:24} {row.median_us:12,.1f} us{rate}{share}{ratio}  {row.detail}"
                 )
         return [*lines, *self.notes]
+
+
+def _flops_line(row: Summary) -> str:
+    if row.failure:
+        return f"  {row.contender:24} {row.failure}"
+    rate = f"{row.tflops:8,.1f} TFLOP/s {row.matmul_share:5.0%}"
+    return f"  {row.contender:24} {row.median_us:12,.1f} us {rate}  {row.detail}"

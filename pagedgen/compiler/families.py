@@ -18,7 +18,9 @@ HERE = Path(__file__).parent
 # (target kind, op) -> the module whose FAMILY renders it. HIP targets share CUDA's Triton templates.
 MODULES = {
     ("cuda", Op.DECODE): "pagedgen.templates.triton.decode",
+    ("cuda", Op.EXTEND): "pagedgen.templates.triton.extend",
     ("hip", Op.DECODE): "pagedgen.templates.triton.decode",
+    ("hip", Op.EXTEND): "pagedgen.templates.triton.extend",
     ("cpu", Op.DECODE): "pagedgen.templates.tvm.decode",
 }
 
@@ -40,6 +42,12 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
     if module is None:
         raise Unsupported(f"op {spec.op} on target kind {target.kind}: no template")
     family: Family = importlib.import_module(module).FAMILY
+    for mask in spec.masks:
+        if mask not in family.masks:
+            value = getattr(spec, mask)
+            raise Unsupported(
+                f"{mask} = {value}: {family.name} covers {', '.join(family.masks) or 'no masks'}"
+            )
     family.check(spec, target)
     return family
 

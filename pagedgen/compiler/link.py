@@ -26,7 +26,8 @@ from pagedgen.compiler.binary import Binary
 from pagedgen.compiler.render import environment
 from pagedgen.errors import CompileError, HostCompilerMissing, InvalidValue, Unsupported
 from pagedgen.values.manifest import Rule
-from pagedgen.values.spec import KernelSpec
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
 
 Embed = Literal["both", "cubin", "ptx"]
@@ -140,6 +141,14 @@ def portable_ptx(ptx: bytes) -> bool:
     return found is not None and not found.group(1)
 
 
+def _own_fields(schedule: Schedule) -> tuple[str, ...]:
+    """What the launcher has to know of a variant beside its binary, as C++ literals in their order there."""
+    if schedule.template == "triton-extend":
+        return (str(schedule.int("tile_m")),)
+    flags = (schedule["split"] == "even", bool(schedule.int("pdl")))
+    return str(schedule.int("waves")), *("true" if flag else "false" for flag in flags)
+
+
 def _assemble_gpu(
     binaries: Sequence[Binary], shared: Mapping[str, object], spec: KernelSpec, embed: Embed
 ) -> Assembly:
@@ -161,9 +170,7 @@ def _assemble_gpu(
                 "symbol": binary.symbol,
                 "threads": 32 * binary.num_warps,
                 "smem_bytes": binary.resources.smem_bytes,
-                "waves": binary.source.schedule.int("waves"),
-                "even": binary.source.schedule["split"] == "even",
-                "pdl": bool(binary.source.schedule.int("pdl")),
+                "own": _own_fields(binary.source.schedule),
                 **names,
             }
         )
@@ -172,14 +179,17 @@ def _assemble_gpu(
         out=alignment_of(spec, "out_ptr"),
         k=alignment_of(spec, "k_ptr"),
         v=alignment_of(spec, "v_ptr"),
-        q_stride=alignment_of(spec, "q_stride_seq"),
-        out_stride=alignment_of(spec, "out_stride_seq"),
+        q_stride=alignment_of(spec, "q_stride_head"),
+        out_stride=alignment_of(spec, "out_stride_head"),
         k_stride=alignment_of(spec, "k_stride_block"),
         v_stride=alignment_of(spec, "v_stride_block"),
         workspace=alignment_of(spec, "partial_ptr"),
     )
     first = binaries[0].source
     literals: Mapping[str, Any] = family_for(spec, first.target).context(spec, first.target, first.schedule)
+    decode_only: dict[str, object] = {}
+    if spec.op is Op.DECODE:
+        decode_only = {"rows": literals["rows"], "programs": literals["programs"]}
     source = (
         environment()
         .get_template("launcher/gpu.cc.j2")
@@ -188,8 +198,7 @@ def _assemble_gpu(
             variants=variants,
             align=align,
             max_kv_stride="INT32_MAX",  # block and token strides are 32-bit in the kernels
-            rows=literals["rows"],
-            programs=literals["programs"],
+            **decode_only,
         )
     )
     return Assembly(source, tuple(files), ())

@@ -31,6 +31,7 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "v_ptr": kv,
         "block_table_ptr": "*i32",
         "seq_lens_ptr": "*i32",
+        "cu_seqlens_q_ptr": "*i32",
         "counter_ptr": "*i32",
         "qk_scale": "fp32",
         "num_seqs": "i32",
@@ -87,7 +88,7 @@ def compile_triton(source: Source) -> Binary:
     os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # line tables double a cubin's size
     target, spec, schedule = source.target, source.spec, source.schedule
     with tempfile.TemporaryDirectory(prefix="pagedgen-") as folder:
-        function = load_source(source.text, Path(folder)).paged_decode
+        function = getattr(load_source(source.text, Path(folder)), f"paged_{spec.op}")
         names = list(function.arg_names)
         attributes: dict[tuple[int, ...], Any] = {}
         for i, name in enumerate(names):

@@ -1,8 +1,9 @@
 """The correctness gate: no kernel is timed, recorded or packed before it has passed.
 
-Reference in float64 on the same quantised K and V; fresh random inputs; shuffled blocks; unused slots,
-unused blocks and outputs poisoned with NaN; rows of length 0 that must stay unwritten; every case called
-twice on one workspace, so that what a call leaves behind is tried too.
+Reference in float64 on the same quantised K and V, one for all operators: decode is extend with one query
+a sequence. Fresh random inputs; shuffled blocks; unused slots, unused blocks, what no window reaches, and
+outputs poisoned with NaN; padding rows that must stay unwritten; every case called twice on one workspace,
+so that what a call leaves behind is tried too.
 """
 
 from __future__ import annotations
@@ -11,24 +12,27 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, Literal, Protocol
 
 import torch
 
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.record import Verdict
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 
 F32_WEIGHT = 4e-6
 EPS = {DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
 Pool = Literal["nhd", "hnd", "packed"]
 POOLS: tuple[Pool, ...] = ("nhd", "hnd", "packed")
+PADDING = 3  # rows of q and out behind the last sequence's, as a captured graph's largest batch leaves them
+SCORES = 1 << 25  # float64 scores that the reference holds at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Arguments of one decode call; shapes as in ``KernelSpec``."""
+    """Arguments of one call; shapes as in ``KernelSpec``. ``cu_seqlens_q`` is for extend alone."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -41,28 +45,16 @@ class Inputs:
     v_scale: torch.Tensor | None
     softmax_scale: float
     max_seq_len: int
+    cu_seqlens_q: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
 class Callee(Protocol):
-    """What the gate can call: a linked library, or anything with the same two functions."""
+    """What the gate can call: a linked library, or anything with the same functions.
 
-    def decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        softmax_scale: float,
-        k_scale: torch.Tensor | None,
-        v_scale: torch.Tensor | None,
-        workspace: torch.Tensor,
-        max_seq_len: int,
-        variant: int,
-    ) -> None:
-        """The library ABI's ``decode`` (docs/architecture.md)."""
+    The other function is named after the spec's operator and takes what the library ABI
+    (docs/architecture.md) says.
+    """
 
     def workspace_bytes(self, num_seqs: int) -> int:
         """Bytes of workspace a call with ``num_seqs`` sequences needs."""
@@ -96,6 +88,7 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
     *,
+    query_lens: Sequence[int] | None = None,
     pool: Pool = "nhd",
     poison: bool = True,
     all_codes: bool = False,
@@ -103,8 +96,14 @@ def make_inputs(
 ) -> Inputs:
     """Fresh random inputs of one batch: blocks shuffled over the pool, everything unused NaN if ``poison``.
 
-    With ``all_codes`` an FP8 cache holds every finite code, subnormals included, with scales to match.
+    With ``all_codes`` an FP8 cache holds every finite code, subnormals included, with scales to match. Scores
+    are large enough that a soft cap matters. ``query_lens`` are for extend: all tokens of a sequence if not
+    given.
     """
+    if spec.op is Op.DECODE:
+        query_lens = [min(1, n) for n in seq_lens]
+    elif query_lens is None:
+        query_lens = seq_lens
     device = torch.device(device)
     generator = torch.Generator(device=device).manual_seed(seed)
     shuffle = random.Random(seed)
@@ -115,9 +114,11 @@ def make_inputs(
     shuffle.shuffle(order)
     width = max(max(blocks_of), 1)
     spare = order[-1]
+    first_seen = [_first_seen(spec, n, new) for n, new in zip(seq_lens, query_lens, strict=True)]
     rows, taken = [], 0
-    for count in blocks_of:
-        rows.append(order[taken : taken + count] + [spare] * (width - count))
+    for count, first in zip(blocks_of, first_seen, strict=True):
+        gone = min(first // block, count) if poison else 0  # blocks that a window has left behind
+        rows.append([spare] * gone + order[taken + gone : taken + count] + [spare] * (width - count))
         taken += count
     block_table = torch.tensor(rows, dtype=torch.int32, device=device)
 
@@ -139,11 +140,9 @@ def make_inputs(
                 tensor.copy_(values)
     if poison:
         used = torch.zeros(num_blocks, block, dtype=torch.bool)
-        for row, length in enumerate(seq_lens):
-            whole, rest = divmod(length, block)
-            used[rows[row][:whole]] = True
-            if rest:
-                used[rows[row][whole], :rest] = True
+        for row, (length, first) in enumerate(zip(seq_lens, first_seen, strict=True)):
+            for i in range(first // block, -(-length // block)):
+                used[rows[row][i], max(0, first - i * block) : length - i * block] = True
         used = used.to(device)
         for tensor in (k, v):
             tensor[~used] = 0x7F if is_fp8 else float("nan")
@@ -154,8 +153,13 @@ def make_inputs(
         for i in range(2):
             random_scale = torch.rand(size, generator=generator, device=device) + 0.5
             scales[i] = (random_scale / (64 if all_codes else 1)).float()
-    num_seqs = len(seq_lens)
-    q_shape = (num_seqs, spec.num_q_heads, dim)
+    num_tokens = len(seq_lens)
+    cu_seqlens_q = None
+    if spec.op is Op.EXTEND:
+        ends = [0, *accumulate(query_lens)]
+        num_tokens = ends[-1] + (PADDING if poison else 0)
+        cu_seqlens_q = torch.tensor(ends, dtype=torch.int32, device=device)
+    q_shape = (num_tokens, spec.num_q_heads, dim)
     q = torch.randn(q_shape, dtype=torch.float32, generator=generator, device=device).to(
         TORCH_DTYPES[spec.q_dtype]
     )
@@ -164,52 +168,118 @@ def make_inputs(
     if is_fp8:
         k, v = k.view(TORCH_DTYPES[spec.kv_dtype]), v.view(TORCH_DTYPES[spec.kv_dtype])
     lens = torch.tensor(list(seq_lens), dtype=torch.int32, device=device)
-    return Inputs(q, k, v, block_table, lens, out, lse, scales[0], scales[1], dim**-0.5, width * block)
+    sinks = None
+    if spec.sinks:
+        sinks = 2 * torch.randn(spec.num_q_heads, generator=generator, device=device)
+    softmax_scale = dim**-0.5 * max(1.0, (spec.logits_soft_cap or 0.0) / 4)
+    return Inputs(
+        q, k, v, block_table, lens, out, lse, scales[0], scales[1], softmax_scale, width * block,
+        cu_seqlens_q, sinks,
+    )  # fmt: skip
+
+
+def _first_seen(spec: KernelSpec, seq_len: int, query_len: int) -> int:
+    """The first position that any of the last ``query_len`` tokens sees; seq_len if there is no query."""
+    if not query_len:
+        return seq_len
+    return 0 if spec.window is None else max(0, seq_len - query_len - spec.window + 1)
+
+
+def query_ranges(spec: KernelSpec, inputs: Inputs) -> list[tuple[int, int]]:
+    """Rows of q of each sequence, first and end."""
+    if inputs.cu_seqlens_q is not None:
+        ends: list[int] = inputs.cu_seqlens_q.tolist()
+        return list(pairwise(ends))
+    return [(row, row + min(1, length)) for row, length in enumerate(inputs.seq_lens.tolist())]
+
+
+def live_rows(spec: KernelSpec, inputs: Inputs) -> torch.Tensor:
+    """Which rows of q are some sequence's queries, bool ``[num_tokens]``: the others stay unwritten."""
+    live = torch.zeros(inputs.q.shape[0], dtype=torch.bool)
+    for first, end in query_ranges(spec, inputs):
+        live[first:end] = True
+    return live.to(inputs.q.device)
 
 
 def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention in float64.
 
     Returns:
-        out ``[num_seqs, num_q_heads, head_dim]``, lse ``[num_seqs, num_q_heads]`` and, per output, the
-        magnitude that rounding errors scale with (``sum_t p_t |v_t|`` and a trace of the largest). Rows of
-        length 0 are NaN.
+        out ``[num_tokens, num_q_heads, head_dim]``, lse ``[num_tokens, num_q_heads]`` and, per output, the
+        magnitude that rounding errors scale with (``sum_t p_t |v_t|`` and a trace of the largest). Rows that
+        are no sequence's are NaN.
     """
-    num_seqs, group = inputs.q.shape[0], spec.group_size
     out = torch.full(inputs.q.shape, float("nan"), dtype=torch.float64, device=inputs.q.device)
     magnitude = out.clone()
     lse = out[..., 0].clone()
-    k_scale = 1.0 if inputs.k_scale is None else inputs.k_scale.double()[:, None]
-    v_scale = 1.0 if inputs.v_scale is None else inputs.v_scale.double()[:, None]
-    for row in range(num_seqs):
-        length = int(inputs.seq_lens[row])
-        if not length:
+    lens: list[int] = inputs.seq_lens.tolist()
+    for row, (first, end) in enumerate(query_ranges(spec, inputs)):
+        length, new = lens[row], end - first
+        if not new:
             continue
-        ids = inputs.block_table[row, : -(-length // spec.block_size)].long()
-        # fp8 tensors cannot be indexed everywhere; bytes can
-        k, v = (
-            (t.view(torch.uint8)[ids].view(t.dtype) if spec.kv_dtype.is_fp8 else t[ids])
-            .flatten(0, 1)[:length]
-            .double()
-            for t in (inputs.k, inputs.v)
-        )
-        k, v = k * k_scale, v * v_scale  # [length, num_kv_heads, head_dim]
-        q = inputs.q[row].double().view(spec.num_kv_heads, group, spec.head_dim)
-        scores = torch.einsum("hgd,thd->hgt", q, k) * inputs.softmax_scale
-        weights = torch.softmax(scores, dim=-1)
-        out[row] = torch.einsum("hgt,thd->hgd", weights, v).flatten(0, 1)
-        # float16 weights below 2^-24 are lost, which is 2^-14 of its rounding unit times the largest value
-        lost = 2.0**-14 * v.abs().amax(0)  # [num_kv_heads, head_dim]
-        magnitude[row] = (torch.einsum("hgt,thd->hgd", weights, v.abs()) + lost[:, None]).flatten(0, 1)
-        if spec.q_dtype is DType.F32:
-            # A score summed in float32 errs by up to 2^-22 of its terms, and its weight by as much of itself.
-            # Nothing at the 7 or so that terms usually sum to; more than all else where e5m2's are thousands.
-            terms = torch.einsum("hgd,thd->hgt", q.abs(), k.abs()) * inputs.softmax_scale * weights
-            moved = torch.einsum("hgt,thd->hgd", terms, v.abs()).flatten(0, 1)
-            moved += out[row].abs() * terms.sum(-1).flatten()[:, None]
-            magnitude[row] += 2.0**-22 / F32_WEIGHT * moved
-        lse[row] = torch.logsumexp(scores, dim=-1).flatten()
+        begin = _first_seen(spec, length, new) // spec.block_size  # blocks before it may be anything
+        k, v = _gather(spec, inputs, row, begin, length)
+        at_once = max(1, SCORES // (spec.num_q_heads * k.shape[0]))
+        for start in range(first, end, at_once):
+            rows = slice(start, min(start + at_once, end))
+            position = length - end + torch.arange(rows.start, rows.stop, device=inputs.q.device)
+            seen = torch.arange(length, device=inputs.q.device)[begin * spec.block_size :]
+            visible = seen <= position[:, None]  # [queries, tokens]
+            if spec.window is not None:
+                visible &= seen > position[:, None] - spec.window
+            part = _attend(spec, inputs, inputs.q[rows], k, v, visible)
+            out[rows], lse[rows], magnitude[rows] = part
     return out, lse, magnitude
+
+
+def _gather(
+    spec: KernelSpec, inputs: Inputs, row: int, begin: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dequantised K and V of a sequence from block ``begin`` on, ``[tokens, num_kv_heads, head_dim]``."""
+    ids = inputs.block_table[row, begin : -(-length // spec.block_size)].long()
+    found = []
+    for pool, scale in ((inputs.k, inputs.k_scale), (inputs.v, inputs.v_scale)):
+        # fp8 tensors cannot be indexed everywhere; bytes can
+        blocks = pool.view(torch.uint8)[ids].view(pool.dtype) if spec.kv_dtype.is_fp8 else pool[ids]
+        values = blocks.flatten(0, 1)[: length - begin * spec.block_size].double()
+        found.append(values if scale is None else values * scale.double()[:, None])
+    return found[0], found[1]
+
+
+def _attend(
+    spec: KernelSpec,
+    inputs: Inputs,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, lse and magnitude of n queries of a sequence; ``visible`` is ``[n, tokens]``."""
+    count, heads, group = q.shape[0], spec.num_kv_heads, spec.group_size
+    q = q.double().view(count, heads, group, spec.head_dim)
+    # What no query sees may be NaN; times a weight of 0 it would still be.
+    seen = visible.any(0)
+    k, v = (torch.where(seen[:, None, None], x, 0.0) for x in (k, v))
+    scores = torch.einsum("nhgd,thd->nhgt", q, k) * inputs.softmax_scale
+    if spec.logits_soft_cap is not None:
+        scores = spec.logits_soft_cap * torch.tanh(scores / spec.logits_soft_cap)
+    scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    if inputs.sinks is not None:
+        lse = torch.logaddexp(lse, inputs.sinks.double().view(heads, group))
+    weights = torch.exp(scores - lse[..., None])
+    out = torch.einsum("nhgt,thd->nhgd", weights, v)
+    # float16 weights below 2^-24 are lost, which is 2^-14 of its rounding unit times the largest value
+    lost = 2.0**-14 * v.abs().amax(0)  # [num_kv_heads, head_dim]
+    magnitude = torch.einsum("nhgt,thd->nhgd", weights, v.abs()) + lost[:, None]
+    if spec.q_dtype is DType.F32:
+        # A score summed in float32 errs by up to 2^-22 of its terms, and its weight by as much of itself.
+        # Nothing at the 7 or so that terms usually sum to; more than all else where e5m2's are thousands.
+        terms = torch.einsum("nhgd,thd->nhgt", q.abs(), k.abs()) * inputs.softmax_scale * weights
+        moved = torch.einsum("nhgt,thd->nhgd", terms, v.abs())
+        moved += out.abs() * terms.sum(-1)[..., None]
+        magnitude += 2.0**-22 / F32_WEIGHT * moved
+    return out.flatten(1, 2), lse.flatten(1), magnitude.flatten(1, 2)
 
 
 def tolerance(spec: KernelSpec, out: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
@@ -224,46 +294,54 @@ def tolerance(spec: KernelSpec, out: torch.Tensor, magnitude: torch.Tensor) -> t
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One batch the gate tries."""
+    """One batch the gate tries; ``query_lens`` as in :func:`make_inputs`."""
 
     seq_lens: tuple[int, ...]
     pool: Pool
     all_codes: bool = False
+    query_lens: tuple[int, ...] | None = None
 
 
 def cases_of(spec: KernelSpec, seed: int) -> tuple[Case, ...]:
-    """The gate's batches: edges of a block, odd lengths, long splits, padding rows, many sequences."""
+    """The gate's batches: edges of a block and of the window, odd lengths, long splits, padding rows, many
+    sequences; for extend whole prompts, chunks, and decodes mixed with chunks."""
     draw = random.Random(seed)
     block = spec.block_size
     edges = (1, max(1, block - 1), block, block + 1, 2 * block + 3, 0, 77, 333)
-    cases = [
-        Case(edges, "nhd"),
-        Case((4097, 1, 0, 515 + draw.randrange(200)), "hnd"),
-        Case((1031,), "packed"),
-        Case(tuple(draw.randrange(0, 70) for _ in range(133)), "nhd"),
-    ]
+    many = tuple(draw.randrange(0, 70) for _ in range(133))
+    if spec.op is Op.DECODE:
+        cases = [
+            Case(edges, "nhd"),
+            Case((4097, 1, 0, 515 + draw.randrange(200)), "hnd"),
+            Case((1031,), "packed"),
+            Case(many, "nhd"),
+        ]
+    else:
+        chunks = tuple(draw.randrange(n) if draw.random() < 0.3 else min(1, n) for n in many)
+        cases = [
+            Case(edges, "nhd", query_lens=tuple(n if n <= 400 else 150 for n in edges)),
+            Case((4097, 1, 0, 515 + draw.randrange(200), 900), "hnd", query_lens=(130, 1, 0, 77, 0)),
+            Case((701,), "packed"),
+            Case(many, "nhd", query_lens=chunks),
+        ]
+    if spec.window is not None:
+        around = (spec.window + 257 + draw.randrange(200), spec.window, spec.window + 1, 2 * spec.window + 5)
+        cases.append(Case(around, "hnd", query_lens=(110, min(70, spec.window), 1, 3)))
     if spec.kv_dtype.is_fp8:
-        cases.append(Case((1, 300, 129), "hnd", all_codes=True))
+        cases.append(Case((1, 300, 129), "hnd", all_codes=True, query_lens=(1, 300, 40)))
     return tuple(cases)
 
 
 def run_case(spec: KernelSpec, callee: Callee, variant: int, inputs: Inputs, workspace: torch.Tensor) -> None:
     """One call of the library on ``inputs``."""
-    callee.decode(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.block_table,
-        inputs.seq_lens,
-        inputs.out,
-        inputs.lse,
-        inputs.softmax_scale,
-        inputs.k_scale,
-        inputs.v_scale,
-        workspace,
-        inputs.max_seq_len,
-        variant,
-    )
+    arguments: list[Any] = [inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens]
+    if spec.op is Op.EXTEND:
+        arguments.append(inputs.cu_seqlens_q)
+    arguments += [inputs.out, inputs.lse, inputs.softmax_scale, inputs.k_scale, inputs.v_scale, workspace]
+    arguments += [inputs.max_seq_len, variant]
+    if spec.sinks:
+        arguments.append(inputs.sinks)
+    getattr(callee, spec.op.value)(*arguments)
 
 
 Reference = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # out, lse, magnitude
@@ -272,9 +350,9 @@ Reference = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # out, lse, magnitu
 def judge(spec: KernelSpec, inputs: Inputs, expected: Reference | None = None) -> tuple[float, float, str]:
     """Compare what a call wrote with the reference: (largest error, its tolerance, reason or empty)."""
     out, lse, magnitude = reference(spec, inputs) if expected is None else expected
-    empty = inputs.seq_lens == 0
+    empty = ~live_rows(spec, inputs)
     if not bool(inputs.out[empty].isnan().all()):
-        return float("inf"), 0.0, "a row of length 0 was written"
+        return float("inf"), 0.0, "a padding row was written"
     got, want = inputs.out[~empty].double(), out[~empty]
     if not bool(got.isfinite().all()):
         rows = (~got.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
@@ -292,14 +370,17 @@ def judge(spec: KernelSpec, inputs: Inputs, expected: Reference | None = None) -
         if not lse_error <= 1e-3:
             return lse_error, 1e-3, f"lse error {lse_error:.3g} where 0.001 is allowed"
         if not bool(inputs.lse[empty].isnan().all()):
-            return float("inf"), 0.0, "the lse of a row of length 0 was written"
+            return float("inf"), 0.0, "the lse of a padding row was written"
     return largest, limit, ""
 
 
 @lru_cache(maxsize=10)
 def _tried(spec: KernelSpec, case: Case, device: torch.device, seed: int) -> tuple[Inputs, Reference]:
     """Inputs and reference, kept for the spec's next candidate: computing them is 90% of the gate's time."""
-    inputs = make_inputs(spec, case.seq_lens, device, seed, pool=case.pool, all_codes=case.all_codes)
+    inputs = make_inputs(
+        spec, case.seq_lens, device, seed,
+        query_lens=case.query_lens, pool=case.pool, all_codes=case.all_codes,
+    )  # fmt: skip
     return inputs, reference(spec, inputs)
 
 
@@ -342,8 +423,10 @@ def gate(
             error, allowed, reason = judge(spec, inputs, expected)
             if reason:
                 _tried.cache_clear()  # a wrong kernel may have written where it should not
-                lens = list(case.seq_lens[:8])
-                where = f"{reason} (case {number}: seq_lens {lens}, pool {case.pool}, call {again + 1})"
+                lens = f"seq_lens {list(case.seq_lens[:8])}"
+                if spec.op is Op.EXTEND and case.query_lens is not None:
+                    lens += f", query_lens {list(case.query_lens[:8])}"
+                where = f"{reason} (case {number}: {lens}, pool {case.pool}, call {again + 1})"
                 return Verdict(False, number + 1, error, allowed, seed, where)
             if not worst[1] or error / max(allowed, 1e-30) > worst[0] / worst[1]:
                 worst = (error, allowed)

@@ -15,7 +15,7 @@ from pagedgen.values.record import Record
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 
-FORMAT = 1  # bumped when an older loader could misread a pack
+FORMAT = 2  # bumped when an older loader could misread a pack
 MANIFEST = "manifest.json"
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import total_ordering
 
 from pagedgen.errors import InvalidValue
 from pagedgen.values import codec
@@ -13,6 +14,9 @@ class Op(StrEnum):
     """The operator."""
 
     DECODE = "decode"  # one query token a sequence, ragged batch
+    EXTEND = (
+        "extend"  # the last tokens of each sequence as queries, causal: prefill, chunks, decodes mixed in
+    )
 
 
 class DType(StrEnum):
@@ -55,6 +59,8 @@ class KInner(StrEnum):
     TOKEN = "token"  # K stored [.., head_dim, block_size]: fastest on CPUs
 
 
+MAX_WINDOW = 1 << 30  # tokens; a longer one is none
+
 DTYPE_ALIASES = {
     "fp32": DType.F32,
     "float32": DType.F32,
@@ -85,13 +91,20 @@ def parse_dtype(text: str, field: str) -> DType:
         raise InvalidValue(field, text, f"allowed: {', '.join(DType)}") from None
 
 
-@dataclass(frozen=True, order=True, slots=True)
+@total_ordering
+@dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """One attention operator over a paged KV cache.
+    """One attention operator over a paged KV cache: one value for every operator.
 
-    Shapes that follow from it: q, out ``[num_seqs, num_q_heads, head_dim]`` in ``q_dtype``; k, v
-    ``[num_blocks, block_size, num_kv_heads, head_dim]`` (logical order, any strides but the innermost)
-    in ``kv_dtype``; lse ``[num_seqs, num_q_heads]`` float32, natural logarithm.
+    Shapes that follow from it: q, out ``[num_tokens, num_q_heads, head_dim]`` in ``q_dtype``, where decode
+    has one query token a sequence; k, v ``[num_blocks, block_size, num_kv_heads, head_dim]`` (logical order,
+    any strides but the innermost) in ``kv_dtype``; lse ``[num_tokens, num_q_heads]`` float32, natural
+    logarithm.
+
+    Masks and modifiers: a query sees the last ``window`` tokens up to and with its own (None: all of them);
+    scores are ``logits_soft_cap * tanh(score / logits_soft_cap)`` before the softmax (None: as they are);
+    with ``sinks`` a learned score a query head, float32 ``[num_q_heads]``, is in the softmax's sum and has no
+    value.
 
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
@@ -107,6 +120,9 @@ class KernelSpec:
     kv_scale: KVScale = KVScale.NONE
     k_inner: KInner = KInner.DIM
     return_lse: bool = False
+    window: int | None = None
+    logits_soft_cap: float | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         for field in ("head_dim", "num_q_heads", "num_kv_heads", "block_size"):
@@ -133,6 +149,32 @@ class KernelSpec:
         if self.kv_dtype.is_fp8 == (self.kv_scale is KVScale.NONE):
             allowed = "fp8 takes 'tensor' or 'head', other types take 'none'"
             raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
+        if self.window is not None and not (type(self.window) is int and 1 <= self.window <= MAX_WINDOW):
+            raise InvalidValue("window", self.window, f"1 to {MAX_WINDOW} tokens, or None, is allowed")
+        cap = self.logits_soft_cap
+        if cap is not None and not (type(cap) is float and 0.01 <= cap <= 1000):
+            raise InvalidValue("logits_soft_cap", cap, "a float from 0.01 to 1000, or None, is allowed")
+
+    def __lt__(self, other: object) -> bool:
+        if not isinstance(other, KernelSpec):
+            return NotImplemented
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[object, ...]:
+        """What specs are sorted by: their fields, with 0 for None, which no field allows."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(0 if value is None else value for value in values)
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The fields among window, logits_soft_cap and sinks that this spec makes use of."""
+        used = {
+            "window": self.window is not None,
+            "logits_soft_cap": self.logits_soft_cap is not None,
+            "sinks": self.sinks,
+        }
+        return tuple(name for name, is_used in used.items() if is_used)
 
     @property
     def group_size(self) -> int:
@@ -163,6 +205,12 @@ class KernelSpec:
             parts.append("ktoken")
         if self.return_lse:
             parts.append("lse")
+        if self.window is not None:
+            parts.append(f"window{self.window}")
+        if self.logits_soft_cap is not None:
+            parts.append(f"cap{self.logits_soft_cap!r}")
+        if self.sinks:
+            parts.append("sinks")
         return "-".join(parts)
 
     @property

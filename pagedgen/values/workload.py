@@ -8,16 +8,31 @@ from pagedgen.errors import InvalidValue
 from pagedgen.values.spec import KernelSpec
 
 
+def kv_pairs(q_len: int, seq_len: int, window: int | None) -> int:
+    """(query, key) pairs of one sequence that causal attention takes into account."""
+    first = seq_len - q_len
+    whole = q_len * first + q_len * (q_len + 1) // 2
+    if window is None or window >= seq_len:
+        return whole
+    # A query at position p sees min(p + 1, window): those up to the window's length see all before them.
+    growing = max(0, min(window, seq_len) - first)
+    return growing * first + growing * (growing + 1) // 2 + (q_len - growing) * window
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class Workload:
-    """One decode step: ``seq_lens[i]`` KV tokens of sequence i, already in the cache.
+    """One step: ``seq_lens[i]`` KV tokens of sequence i, in the cache, ``query_lens[i]`` of them queries.
+
+    Queries are a sequence's last tokens. Without ``query_lens`` it is a decode step: one query for every
+    sequence that has tokens.
 
     Raises:
-        InvalidValue: no sequence, or a negative length.
+        InvalidValue: no sequence, a negative length, or query lengths that do not fit.
     """
 
     name: str
     seq_lens: tuple[int, ...]
+    query_lens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.seq_lens:
@@ -25,11 +40,31 @@ class Workload:
         for length in self.seq_lens:
             if type(length) is not int or length < 0:
                 raise InvalidValue("seq_lens", length, "lengths are integers >= 0")
+        if not self.query_lens:
+            return
+        if len(self.query_lens) != len(self.seq_lens):
+            allowed = f"{len(self.seq_lens)} lengths are expected, one a sequence"
+            raise InvalidValue("query_lens", self.query_lens, allowed)
+        for query_len, seq_len in zip(self.query_lens, self.seq_lens, strict=True):
+            if type(query_len) is not int or not 0 <= query_len <= seq_len:
+                raise InvalidValue("query_lens", query_len, f"0 to {seq_len}, its seq_len, is allowed")
 
     @classmethod
     def uniform(cls, num_seqs: int, seq_len: int) -> Workload:
         """``num_seqs`` sequences of ``seq_len`` tokens, named ``32x8192``."""
         return cls(f"{num_seqs}x{seq_len}", (seq_len,) * num_seqs)
+
+    @classmethod
+    def chunks(cls, num_seqs: int, query_len: int, seq_len: int) -> Workload:
+        """``num_seqs`` sequences whose last ``query_len`` tokens are queries, named ``4x512of8192``."""
+        whole = query_len == seq_len
+        name = f"{num_seqs}x{query_len}" if whole else f"{num_seqs}x{query_len}of{seq_len}"
+        return cls(name, (seq_len,) * num_seqs, (query_len,) * num_seqs)
+
+    @property
+    def lens_of_queries(self) -> tuple[int, ...]:
+        """Query tokens of each sequence."""
+        return self.query_lens or tuple(min(1, length) for length in self.seq_lens)
 
     @property
     def num_seqs(self) -> int:
@@ -49,3 +84,8 @@ class Workload:
     def kv_bytes(self, spec: KernelSpec) -> int:
         """Bytes of K and V that one call has to read: the figure that GB/s are stated on."""
         return self.num_tokens * spec.kv_bytes_per_token
+
+    def flops(self, spec: KernelSpec) -> int:
+        """Of both matrix products, for the keys that each query sees: what TFLOP/s are stated on."""
+        lens = zip(self.lens_of_queries, self.seq_lens, strict=True)
+        return 4 * spec.head_dim * spec.num_q_heads * sum(kv_pairs(q, kv, spec.window) for q, kv in lens)

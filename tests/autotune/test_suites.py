@@ -95,7 +95,7 @@ def test_the_grid_is_what_was_promised() -> None:
 
 
 def test_unknown_suites_and_absent_devices_are_named(monkeypatch) -> None:
-    with pytest.raises(UnknownName, match="decode-cpu, decode-gpu, load"):
+    with pytest.raises(UnknownName, match="decode-cpu, decode-gpu, extend-gpu, load"):
         run_suite("nope", None, print)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(DeviceMissing, match="gpu 0"):

@@ -114,7 +114,7 @@ def in_the_way(kind: str, out: Path, choice: Choice) -> None:
         (out / MANIFEST).write_text((out / MANIFEST).read_text()[:100])
     elif kind == "later format":
         data = json.loads((out / MANIFEST).read_text())
-        (out / MANIFEST).write_text(json.dumps({**data, "format": 2}))
+        (out / MANIFEST).write_text(json.dumps({**data, "format": 1}))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,20 @@ def test_launcher_passes_what_the_kernel_takes(make_spec, default_schedule, gpu_
     ]
 
 
+@pytest.mark.parametrize(
+    ("kv", "lse", "masks"), [("f16", False, {}), ("fp8_e5m2", True, {"sinks": True, "window": 100})]
+)
+def test_extend_launcher_passes_what_the_kernel_takes(
+    make_spec, default_schedule, gpu_binary, h100, kv, lse, masks
+):
+    spec = make_spec(128, (32, 8), 16, "f16", kv, lse=lse, op="extend", **masks)
+    text = render(spec, h100, default_schedule(spec, h100)).text
+    signature = text.split("def paged_extend(")[1].split("):")[0]
+    kernel = [name.strip().removesuffix("_ptr") for name in signature.split(",") if name.strip()]
+    launcher = parameters_in_launcher(assemble([gpu_binary(spec)], ALL).source)
+    assert launcher == [*kernel, "global_scratch", "profile_scratch"]
+
+
 def test_embedding(tmp_path, make_spec, gpu_binary):
     spec = make_spec()
     binary, bound = gpu_binary(spec), gpu_binary(spec, suffix="a")

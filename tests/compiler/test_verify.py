@@ -73,7 +73,7 @@ def test_exact_kernel_passes(spec):
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        (Padding, "length 0"),
+        (Padding, "padding row"),
         (Unwritten, "not finite"),
         (Slightly, "error"),
         (Shifted, "error"),

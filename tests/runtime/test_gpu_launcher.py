@@ -391,3 +391,88 @@ def test_counters_stay_clear_of_the_partials_of_other_calls(serve, library, make
     assert len(spans) == len(steps)
     assert max(end for end, _, _ in spans) <= min(begin for _, begin, _ in spans)
     assert max(end for _, _, end in spans) <= 0x100000 + size
+
+
+EXTEND_NAMES = tuple(
+    """
+    q k v block_table seq_lens cu_seqlens_q out lse k_scale v_scale sinks qk_scale num_seqs
+    q_stride_token q_stride_head out_stride_token out_stride_head k_stride_block k_stride_token k_stride_head
+    v_stride_block v_stride_token v_stride_head block_table_stride
+    """.split()  # noqa: SIM905
+)
+
+
+def extend_arguments(spec, num_tokens=300, num_seqs=3):
+    """Arguments of extend: those of decode, with tokens for rows and where each sequence's begin."""
+    arguments = arguments_for(spec, num_tokens)
+    arguments[3] = made(0x4000, "int", 32, (num_seqs, 10), (16, 1))
+    arguments[4] = made(0x5000, "int", 32, (num_seqs,))
+    arguments[10] = made(0, "uint", 8, (0,))
+    sinks = [made(0xA000, "float", 32, (spec.num_q_heads,))] if spec.sinks else []
+    return [*arguments[:5], made(0x5800, "int", 32, (num_seqs + 1,)), *arguments[5:], *sinks]
+
+
+@pytest.mark.parametrize("masks", [{}, {"sinks": True, "window": 64}])
+def test_an_extend_launch(serve, make_spec, gpu_binary, tmp_path, masks):
+    """As many programs as the tokens can make tiles of, whatever the lengths; no workspace."""
+    spec = make_spec(128, (32, 8), 16, "f16", "fp8_e4m3", lse=True, op="extend", **masks)
+    binary = gpu_binary(spec)
+    path = link([binary], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "extend.so")
+    names = [name for name in EXTEND_NAMES if name != "sinks" or spec.sinks]
+    keys = [n if "stride" in n or n in ("qk_scale", "num_seqs") else f"{n}_ptr" for n in names]
+    letters = {"i32": "i", "i64": "l", "fp32": "f"}
+    types = "".join(letters.get(kind, "p") for kind in signature_of(spec, keys).values())
+    steps = [
+        ["workspace_bytes", [3]],
+        ["extend", extend_arguments(spec)],
+        ["extend", extend_arguments(spec, num_tokens=0)],
+        ["extend", extend_arguments(spec, num_seqs=0)],
+    ]
+    run = serve(path, steps, types=types)
+    assert run.results == [{"result": 0}] + [{"result": None}] * 3
+    (launch,) = run.launches
+    tile_m = binary.source.schedule.int("tile_m")
+    assert (launch["symbol"], launch["grid"]) == ("paged_extend", ((300 * 4 // tile_m + 3) * 8, 1, 1))
+    got = dict(zip(names, launch["arguments"], strict=True))
+    expected = {
+        "q": 0x1000, "k": 0x2000, "v": 0x3000, "block_table": 0x4000, "seq_lens": 0x5000,
+        "cu_seqlens_q": 0x5800, "out": 0x6000, "lse": 0x7000, "k_scale": 0x8000, "v_scale": 0x9000,
+        "num_seqs": 3, "q_stride_token": 4160, "q_stride_head": 128, "out_stride_token": 128,
+        "out_stride_head": 300 * 128, "k_stride_block": 32768, "k_stride_token": 256, "k_stride_head": 4096,
+        "v_stride_block": 32768, "v_stride_token": 256, "v_stride_head": 4096, "block_table_stride": 16,
+    }  # fmt: skip
+    expected |= {"sinks": 0xA000} if spec.sinks else {}
+    assert got.pop("qk_scale") == pytest.approx(0.5 * 1.4426950408889634, rel=1e-6)
+    assert got == expected
+
+
+def test_extend_arguments_are_refused_before_any_launch(serve, make_spec, gpu_binary, tmp_path):
+    spec = make_spec(128, (32, 8), 16, "f16", op="extend", sinks=True)
+    path = link([gpu_binary(spec)], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "extend.so")
+    right = extend_arguments(spec)
+    wrong = [
+        (
+            5,
+            made(0x5800, "int", 32, (3,)),
+            "cu_seqlens_q.shape = [3]: 4 is expected in axis 0 (num_seqs + 1)",
+        ),
+        (5, made(0x5800, "int", 64, (4,)), "cu_seqlens_q.dtype = int64: int32 is expected"),
+        (5, None, "cu_seqlens_q = None: a int32 tensor [num_seqs + 1] is expected"),
+        (5, made(0x5800, "int", 32, (4,), device=1), "cu_seqlens_q.device = cuda:1: cuda:0 is expected"),
+        (4, made(0x5000, "int", 32, (4,)), "block_table.shape = [3, 10]: 4 is expected in axis 0 (num_seqs)"),
+        (
+            6,
+            made(0x6000, "float", 16, (299, 32, 128)),
+            "out.shape = [299, 32, 128]: 300 is expected in axis 0",
+        ),
+        (12, 161, "block_table.shape = [3, 10]: too narrow for max_seq_len = 161"),
+        (14, made(0xA000, "float", 32, (8,)), "sinks.shape = [8]: 32 is expected in axis 0 (num_q_heads)"),
+        (14, None, "sinks = None: a float32 tensor [num_q_heads] is expected"),
+    ]
+    steps = [["extend", [*right[:i], value, *right[i + 1 :]]] for i, value, _ in wrong]
+    steps.append(["extend", right[:-1]])
+    run = serve(path, steps, devices=f"{H100},{H100}")
+    messages = [message for *_, message in wrong] + ["extend: 14 arguments: 15 are expected"]
+    for result, message in zip(run.results, messages, strict=True):
+        assert result["error"] == "ArgumentError" and message in result["text"], result
+    assert run.launches == []

@@ -135,7 +135,7 @@ def test_a_truncated_manifest_is_damaged(pack):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "3", "null", "[" * 100_000, '{"format": 1}', "\udcff", '{"format": ' + "9" * 5000 + "}"],
+    ["", "[]", "3", "null", "[" * 100_000, '{"format": 2}', "\udcff", '{"format": ' + "9" * 5000 + "}"],
 )
 def test_what_is_no_manifest(pack, text):
     (pack / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
@@ -188,8 +188,8 @@ def test_a_library_must_be_a_listed_file(pack):
 
 def test_foreign_formats_and_versions(pack):
     data = json.loads((pack / MANIFEST).read_text())
-    (pack / MANIFEST).write_text(json.dumps({"format": 2, "whatever": "comes"}))
-    with pytest.raises(PackForeign, match="format = 2: this pagedgen reads format 1"):
+    (pack / MANIFEST).write_text(json.dumps({"format": 1, "whatever": "comes"}))
+    with pytest.raises(PackForeign, match="format = 1: this pagedgen reads format 2"):
         open_pack(pack)
     major = int(pagedgen.__version__.split(".")[0]) + 1
     (pack / MANIFEST).write_text(json.dumps({**data, "pagedgen": f"{major}.0.0"}))

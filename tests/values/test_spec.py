@@ -30,7 +30,7 @@ def specs(draw) -> KernelSpec:
     kv_heads = draw(st.integers(1, 64))
     scales = [KVScale.TENSOR, KVScale.HEAD] if kv_dtype.is_fp8 else [KVScale.NONE]
     return KernelSpec(
-        Op.DECODE,
+        draw(st.sampled_from(list(Op))),
         draw(st.integers(4, 32)) * 8,
         kv_heads * draw(st.integers(1, 32)),
         kv_heads,
@@ -39,6 +39,9 @@ def specs(draw) -> KernelSpec:
         kv_dtype,
         draw(st.sampled_from(scales)),
         draw(st.sampled_from(list(KInner))),
+        draw(st.booleans()),
+        draw(st.none() | st.integers(1, 1 << 30)),
+        draw(st.none() | st.floats(0.01, 1000)),
         draw(st.booleans()),
     )
 
@@ -73,6 +76,12 @@ def test_names_and_hashes_tell_specs_apart(a, b):
         ({"kv_dtype": DType.F16}, r"kv_dtype = 'f16': q_dtype \(bf16\) or an fp8 type"),
         ({"kv_dtype": DType.FP8_E4M3}, "kv_scale = 'none': fp8 takes 'tensor' or 'head'"),
         ({"kv_scale": KVScale.HEAD}, "kv_scale = 'head'"),
+        ({"window": 0}, "window = 0: 1 to 1073741824 tokens, or None, is allowed"),
+        ({"window": -1}, "window = -1: 1 to"),
+        ({"window": True}, "window = True: 1 to"),
+        ({"logits_soft_cap": 0.0}, "logits_soft_cap = 0.0: a float from 0.01 to 1000, or None, is allowed"),
+        ({"logits_soft_cap": float("nan")}, "logits_soft_cap = nan"),
+        ({"logits_soft_cap": 50}, "logits_soft_cap = 50: a float"),
     ],
 )
 def test_impossible_specs_name_field_value_and_what_is_allowed(change, message):
@@ -125,3 +134,10 @@ def test_files_name_the_path_and_the_place(tmp_path):
     path.write_text("{", encoding="utf-8")
     with pytest.raises(MalformedFile, match="JSON"):
         codec.load_file(KernelSpec, path)
+
+
+def test_names_say_what_is_masked():
+    spec = KernelSpec(**{**GOOD, "op": Op.EXTEND, "window": 4096, "logits_soft_cap": 50.0, "sinks": True})
+    assert spec.name == "extend-h128-q32-kv8-b16-bf16-window4096-cap50.0-sinks"
+    assert spec.masks == ("window", "logits_soft_cap", "sinks")
+    assert KernelSpec(**GOOD).masks == ()

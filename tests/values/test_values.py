@@ -17,7 +17,7 @@ from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import table
-from pagedgen.values.workload import Workload
+from pagedgen.values.workload import Workload, kv_pairs
 
 SPEC = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.BF16, DType.BF16)
 MEASURED = Record(
@@ -129,3 +129,22 @@ def test_manifests_round_trip_and_point_at_variants_that_exist():
         replace(entry, dispatch=(Rule(1, 1, 1),))
     with pytest.raises(InvalidValue, match="dispatch"):
         replace(entry, dispatch=())
+
+
+def test_kv_pairs_counts_what_a_mask_of_booleans_counts():
+    for q_len, seq_len, window in ((1, 1, None), (5, 9, None), (5, 9, 3), (9, 9, 4), (3, 20, 50), (7, 7, 1)):
+        pairs = 0
+        for position in range(seq_len - q_len, seq_len):
+            pairs += min(position + 1, window or position + 1)
+        assert kv_pairs(q_len, seq_len, window) == pairs
+
+
+def test_query_lengths_fit_their_sequences():
+    mixed = Workload("mixed", (9, 5, 0), (4, 1, 0))
+    assert codec.decode(Workload, json.loads(codec.dumps(mixed))) == mixed
+    assert Workload("decode", (9, 5, 0)).lens_of_queries == (1, 1, 0)
+    assert Workload.chunks(4, 512, 8192).name == "4x512of8192" and Workload.chunks(1, 9, 9).name == "1x9"
+    assert mixed.flops(SPEC) == 4 * 128 * 32 * (6 + 7 + 8 + 9 + 5)
+    for lens in ((4, 1), (10, 1, 0), (-1, 1, 0), (1.0, 1, 0)):
+        with pytest.raises(InvalidValue, match="query_lens = "):
+            Workload("bad", (9, 5, 0), lens)

@@ -1,0 +1,77 @@
+"""What the templates cover, asked of the families themselves: the table of docs/kernels.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pagedgen.compiler.families import family_for
+from pagedgen.errors import Unsupported
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.target import Target
+
+BASE = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.F16, DType.F16)
+F8 = {"kv_dtype": DType.FP8_E4M3, "kv_scale": KVScale.TENSOR}
+BF16 = {"q_dtype": DType.BF16, "kv_dtype": DType.BF16}
+F32 = {"q_dtype": DType.F32, "kv_dtype": DType.F32}
+FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("f16", {}),
+    ("bf16", BF16),
+    ("f32", F32),
+    ("f16, KV fp8_e4m3", F8),
+    ("bf16, KV fp8_e5m2, a scale a head", {**BF16, "kv_dtype": DType.FP8_E5M2, "kv_scale": KVScale.HEAD}),
+    ("head_dim 32", {"head_dim": 32}),
+    ("head_dim 80", {"head_dim": 80}),
+    ("head_dim 256", {"head_dim": 256}),
+    ("MHA", {"num_kv_heads": 32}),
+    ("MQA, 71 heads", {"num_q_heads": 71, "num_kv_heads": 1}),
+    ("block_size 1", {"block_size": 1}),
+    ("block_size 544", {"block_size": 544}),
+    ("K along tokens", {"k_inner": KInner.TOKEN}),
+    ("LSE", {"return_lse": True}),
+    ("window", {"window": 4096}),
+    ("logits_soft_cap", {"logits_soft_cap": 50.0}),
+    ("sinks", {"sinks": True}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How far kernels for a target are proved, where the template covers a spec."""
+
+    target: Target
+    column: str
+    how: str  # "tested" or "compile-checked only"
+
+
+def cell(spec: KernelSpec, proof: Proof) -> str:
+    """``tested``, ``compile-checked only``, or ``refused: reason``."""
+    try:
+        family_for(spec, proof.target)
+    except Unsupported as error:
+        return f"refused: {error}"
+    return proof.how
+
+
+def tables(proofs: Sequence[Proof]) -> Iterator[str]:
+    """Markdown: a table an operator, a row a feature, a column a target; reasons of refusals below each."""
+    for op in Op:
+        reasons: list[str] = []
+        yield f"### {op.value}\n"
+        yield f"| | {' | '.join(proof.column for proof in proofs)} |"
+        yield f"| --- |{' --- |' * len(proofs)}"
+        for name, changes in FEATURES:
+            row = []
+            for proof in proofs:
+                text = cell(replace(BASE, op=op, **changes), proof)
+                if text.startswith("refused"):
+                    if text not in reasons:
+                        reasons.append(text)
+                    text = f"refused ({reasons.index(text) + 1})"
+                row.append(text)
+            yield f"| {name} | {' | '.join(row)} |"
+        yield ""
+        for number, reason in enumerate(reasons, 1):
+            yield f"{number}. {reason}"
+        yield ""

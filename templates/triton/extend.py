@@ -1,0 +1,283 @@
+"""Extend on GPUs: the schedule space, legality and cost of ``extend.py.j2``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pagedgen.errors import Unsupported
+from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
+from pagedgen.templates.triton.decode import (
+    TRITON_TYPES,
+    Load,
+    cdiv,
+    kv_align,
+    loads_of,
+)
+from pagedgen.values.schedule import Choice, Schedule
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.target import Target
+from pagedgen.values.workload import Workload, kv_pairs
+
+LEVELS = 16  # of reach that tiles are sorted into: programs that end a call are within 1/16 of the longest
+
+
+def _parts(spec: KernelSpec, loads: tuple[Load, ...]) -> tuple[tuple[str, int], ...]:
+    """The matrix products' operands, (name, width), in their order: a load's columns or their halves."""
+    halves = ("_even", "_odd") if spec.kv_dtype.is_fp8 else ("",)
+    return tuple((f"{i}{half}", load.width) for i, load in enumerate(loads) for half in halves)
+
+
+class TritonExtend(Family):
+    """Causal attention of ragged query runs, rows of a GQA group packed into the tile.
+
+    Tiled online softmax with the unmasked loop apart from the causal diagonal follows FlashAttention-2 (Dao,
+    2023).
+    """
+
+    name = "triton-extend"
+    kind = "cuda"
+    source = TEMPLATES / "triton" / "extend.py.j2"
+    shared = tuple(TEMPLATES / "triton" / n for n in ("extend_tiles.j2", "pages.j2", "fp8.j2", "masks.j2"))
+    masks = ("window", "logits_soft_cap", "sinks")
+    # ptxas keeps the shared-memory addresses of Q in registers that it then spills: 352 B are 59 of the 875
+    # instructions of a 128 x 64 tile of 4 warps, and two such programs fit on an SM, where 8 warps are one.
+    spill_bytes = 512
+
+    def check(self, spec: KernelSpec, target: Target) -> None:
+        """Raise ``Unsupported`` for what this template cannot do."""
+        if target.kind not in ("cuda", "hip"):
+            raise Unsupported(f"target {target.name}: {self.name} renders for GPUs")
+        if spec.op is not Op.EXTEND:
+            raise Unsupported(f"op {spec.op}: {self.name} is for extend")
+        if spec.q_dtype is DType.F32:
+            raise Unsupported("q_dtype f32: GPU extend takes f16 or bf16 queries")
+        if spec.k_inner is not KInner.DIM:
+            raise Unsupported("k_inner token: GPU extend reads K with head_dim innermost (k_inner dim)")
+
+    def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
+        """Tile, warps, stages, how page ids are loaded, and how FP8 is decoded.
+
+        The defaults issue the fewest instructions for a pair of a query and a key among the tiles that do not
+        spill (head_dim 128, sm_90: 2,776 of all warps for 128 x 64 pairs, 3,520 with tiles of 64 tokens).
+        """
+        decodes: tuple[Choice, ...] = ("none",)
+        if spec.kv_dtype.is_fp8:
+            decodes = ("cvt",) if target.fp8_convert and target.kind == "cuda" else ("bits",)
+            if target.kind == "hip":
+                decodes = ("plain",)
+        width = sum(load.width for load in loads_of(spec, 1, 64)) * (2 if spec.kv_dtype.is_fp8 else 1)
+        # Where matrix products read K and V from shared memory, registers are left for a longer tile.
+        from_smem = target.kind == "cuda" and target.capability // 10 in (9, 10)
+        tile = 128 if from_smem and width <= 128 else 64 if width <= 128 or from_smem else 32
+        return (
+            Field("tile_m", (16, 32, 64, 128, 256), 128, "rows of a query tile"),
+            Field("tile", (16, 32, 64, 128), tile, "KV tokens worked on at a time"),
+            Field("num_warps", (1, 2, 4, 8), 8, "warps of a program"),
+            Field("num_stages", (1, 2, 3, 4), 2, "depth of the load pipeline"),
+            Field("ids", ("gather", "page", "scalar"), self._ids(spec, tile), "how block ids are loaded"),
+            Field("prefetch_ids", (0, 1), 0, "load block ids one tile ahead of K and V"),
+            Field("seq_lanes", (32, 128), 32, "sequences whose lengths are scanned at a time"),
+            Field("fp8_decode", decodes, decodes[0], "how FP8 becomes float16"),
+        )
+
+    @staticmethod
+    def _ids(spec: KernelSpec, tile: int) -> str:
+        if spec.block_size % tile == 0:
+            return "scalar"
+        if tile % spec.block_size == 0 and spec.block_size >= 8:
+            return "page"
+        return "gather"
+
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Legality over the symbols: addressing, shared memory, registers, warps."""
+        import sympy
+
+        tile, bs, warps = sympy.symbols("tile block_size num_warps", integer=True)
+        is_scalar, is_page, tile_m = sympy.symbols("is_scalar is_page tile_m", integer=True)
+        smem, smem_limit, regs = sympy.symbols("smem_bytes smem_per_block tile_regs")
+        return (
+            Constraint(
+                "scalar-ids",
+                sympy.Or(sympy.Eq(is_scalar, 0), sympy.Eq(sympy.Mod(bs, tile), 0)),
+                "one block id a tile needs tiles that lie inside one block",
+            ),
+            Constraint(
+                "page-ids",
+                sympy.Or(
+                    sympy.Eq(is_page, 0), sympy.And(sympy.Eq(sympy.Mod(tile, bs), 0), bs >= 2, tile > bs)
+                ),
+                "one id a block needs tiles that span whole blocks",
+            ),
+            Constraint(
+                "gather-ids",
+                sympy.Or(sympy.Eq(is_scalar + is_page, 1), sympy.Ne(sympy.Mod(bs, tile), 0)),
+                "one id a token is never better where one id a tile is possible",
+            ),
+            Constraint(
+                "smem", smem <= smem_limit, "Q, and K and V tiles of all stages, fit in shared memory"
+            ),
+            Constraint("registers", regs <= 232, "accumulators and scores fit in registers"),
+            Constraint("warps", 16 * warps <= tile_m, "warps share a tile's rows, 16 each"),
+        )
+
+    def costs(self) -> tuple[Cost, ...]:
+        """FLOPs, bytes, occupancy, and the times that bound a call. Rates are estimates, not fitted."""
+        import sympy
+
+        s = sympy.Symbol
+        sms, warps, tiles = s("num_sms"), s("num_warps"), s("q_tiles")
+        return (
+            Cost("flops", "FLOP", s("mma_flops"), "matrix products, masked and padded rows included"),
+            Cost(
+                "regs",
+                "a thread",
+                s("tile_regs") + 64,
+                "estimated registers: accumulators, scores, addresses",
+            ),
+            Cost(
+                "occupancy",
+                "programs/SM",
+                sympy.Max(
+                    1,
+                    sympy.Min(
+                        sympy.floor(s("smem_per_sm") / (s("smem_bytes") + 1024)),
+                        sympy.floor(s("regs_per_sm") / (s("regs") * 32 * warps)),
+                        sympy.floor(s("max_threads_per_sm") / (32 * warps)),
+                        32,
+                    ),
+                ),
+                "programs resident on an SM: shared memory, registers, threads",
+            ),
+            Cost(
+                "mma_us",
+                "µs",
+                s("flops") / (s("f16_tflops") * s("mma_share") * 1e6),
+                "matrix products at the share of the published rate that such tiles reach",
+            ),
+            Cost(
+                "issue_us",
+                "µs",
+                s("kv_tiles") * s("slots_per_tile") / (sms * 4 * s("clock_mhz") * s("issue_rate")),
+                "issuing all other instructions on four schedulers an SM",
+            ),
+            Cost(
+                "memory_us",
+                "µs",
+                s("kv_bytes") / (s("bandwidth_gbs") * 1000),
+                "reading K and V once",
+            ),
+            Cost(
+                "tail",
+                "",
+                1 + sympy.Min(1, sms * s("occupancy") / (2 * sympy.Max(tiles, 1))),
+                "what an uneven last round of programs costs",
+            ),
+            Cost(
+                "time_us",
+                "µs",
+                s("launch_us")
+                + s("scan_us") * sympy.ceiling(tiles / (sms * s("occupancy")))
+                + sympy.Max(s("memory_us"), (s("mma_us") + s("issue_us") / s("overlap")) * s("tail")),
+                "what a call and its programs cost before and after, and the larger of memory and compute",
+            ),
+        )
+
+    def symbols(
+        self, spec: KernelSpec, target: Target, schedule: Schedule, workload: Workload
+    ) -> Mapping[str, float]:
+        """Numbers behind the symbols; rates are estimates for what a plain Triton kernel reaches."""
+        tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
+        warps, stages = schedule.int("num_warps"), schedule.int("num_stages")
+        ids, group = str(schedule["ids"]), spec.group_size
+        width = sum(load.width for load in loads_of(spec, 1, 64)) * (2 if spec.kv_dtype.is_fp8 else 1)
+        programs, kv_tiles, memory = 0, 0, 0
+        for seq_len, q_len in zip(workload.seq_lens, workload.lens_of_queries, strict=True):
+            if not q_len:
+                continue
+            mine = cdiv(q_len * group, tile_m)
+            rows = max(1, tile_m // group)  # query tokens of a tile
+            seen = kv_pairs(q_len, seq_len, spec.window) // q_len + rows  # KV tokens a tile works through
+            programs += mine
+            kv_tiles += mine * cdiv(seen, tile)
+            memory += min(seq_len, q_len + spec.window) if spec.window else seq_len
+        programs, kv_tiles = programs * spec.num_kv_heads, kv_tiles * spec.num_kv_heads
+        threads = 32 * warps
+        decode = {"none": 0.0, "cvt": 0.75, "bits": 1.0, "plain": 2.0}[str(schedule["fp8_decode"])]
+        # Per warp-instruction: scores take about 8 each, V and K's addresses and copies 16 bytes a thread.
+        slots = tile_m * tile * (8 + (6 if spec.logits_soft_cap else 0)) / 32
+        slots += 2 * tile * width * (spec.kv_dtype.size / 16 * 5 + decode) / 32
+        slots += {"gather": 5.0, "page": 2.0, "scalar": 0.5}[ids] * tile + tile_m * width / 32 + 60 * warps
+        buffers = max(1, stages if schedule.int("prefetch_ids") else stages - 1)
+        smem = tile_m * width * 2 + 2 * tile * width * spec.kv_dtype.size * buffers
+        smem += 2 * tile * width * 2 if spec.kv_dtype.is_fp8 else 0  # decoded K and V
+        return {
+            "tile": tile,
+            "tile_m": tile_m,
+            "block_size": spec.block_size,
+            "num_warps": warps,
+            "is_scalar": int(ids == "scalar"),
+            "is_page": int(ids == "page"),
+            "smem_bytes": smem + 1024,
+            "smem_per_block": target.smem_per_block,
+            "smem_per_sm": target.smem_per_sm,
+            "regs_per_sm": target.regs_per_sm,
+            "max_threads_per_sm": target.max_threads_per_sm,
+            "tile_regs": tile_m * (width + tile) / threads,
+            "mma_flops": 4.0 * tile_m * tile * width * kv_tiles,
+            "mma_share": 0.65 if tile_m >= 64 and warps % 4 == 0 else 0.4,
+            "f16_tflops": max(1.0, target.f16_tflops),
+            "kv_bytes": float(memory * spec.kv_bytes_per_token),
+            "bandwidth_gbs": max(1.0, target.bandwidth_gbs) * 0.85,
+            "num_sms": target.num_sms,
+            "q_tiles": max(1, programs),
+            "kv_tiles": max(1, kv_tiles),
+            "slots_per_tile": slots,
+            "clock_mhz": 1755,
+            "issue_rate": 0.5,  # instructions a scheduler and cycle
+            "overlap": 1.5 if stages > 1 else 1.0,  # of other instructions with matrix products
+            "launch_us": 6.0,
+            "scan_us": 2.0 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
+        }
+
+    def context(
+        self,
+        spec: KernelSpec,
+        target: Target,
+        schedule: Schedule,
+    ) -> Mapping[str, object]:
+        """Literals for the Jinja source."""
+        is_fp8 = spec.kv_dtype.is_fp8
+        decode = str(schedule["fp8_decode"])
+        tile, loads = schedule.int("tile"), loads_of(spec, 1, 64)
+        return {
+            "spec": spec,
+            "target": target,
+            "schedule": schedule,
+            "entry": "paged_extend",
+            "is_fp8": is_fp8,
+            "kv_dtype": spec.kv_dtype.value,
+            "scale_per_head": spec.kv_scale is KVScale.HEAD,
+            "fp8_decode": decode,
+            "decode_factor": 256 if decode != "cvt" and spec.kv_dtype is DType.FP8_E4M3 else 1,
+            "compute_type": "tl.float16" if is_fp8 else TRITON_TYPES[spec.kv_dtype],
+            "out_type": TRITON_TYPES[spec.q_dtype],
+            "row_scaled": is_fp8 and spec.q_dtype is DType.BF16,
+            "block_size": spec.block_size,
+            "group_size": spec.group_size,
+            "num_kv_heads": spec.num_kv_heads,
+            "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
+            "loads": loads,
+            "per_word": 2 if is_fp8 else 1,  # elements
+            "parts": _parts(spec, loads),
+            "tile_m": schedule.int("tile_m"),
+            "tile": tile,
+            "num_stages": schedule.int("num_stages"),
+            "addressing": str(schedule["ids"]),
+            "pages_per_tile": max(1, tile // spec.block_size),
+            "prefetch_ids": bool(schedule.int("prefetch_ids")),
+            "seq_lanes": schedule.int("seq_lanes"),
+            "levels": LEVELS,
+        }
+
+
+FAMILY = TritonExtend()
