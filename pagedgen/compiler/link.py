@@ -145,8 +145,8 @@ def _own_fields(schedule: Schedule) -> tuple[str, ...]:
     """What the launcher has to know of a variant beside its binary, as C++ literals in their order there."""
     if schedule.template == "triton-extend":
         return (str(schedule.int("tile_m")),)
-    flags = (schedule["split"] == "even", bool(schedule.int("pdl")))
-    return str(schedule.int("waves")), *("true" if flag else "false" for flag in flags)
+    even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
+    return str(schedule.int("waves")), str(even).lower(), str(pdl).lower()
 
 
 def _assemble_gpu(

@@ -100,8 +100,8 @@ def compile_triton(source: Source) -> Binary:
             else GPUTarget("cuda", target.capability, 32)
         )
         options = {"num_warps": schedule.int("num_warps"), "num_stages": schedule.int("num_stages")}
-        if max_regs := schedule.int("max_regs"):
-            options["maxnreg"] = max_regs
+        if max_regs := dict(schedule.choices).get("max_regs"):
+            options["maxnreg"] = int(max_regs)
         try:
             kernel = triton.compile(
                 ASTSource(fn=function, signature=signature_of(spec, names), constexprs={}, attrs=attributes),

@@ -62,10 +62,10 @@ class TritonExtend(Family):
         """
         decodes: tuple[Choice, ...] = ("none",)
         if spec.kv_dtype.is_fp8:
-            decodes = ("cvt",) if target.fp8_convert and target.kind == "cuda" else ("bits",)
+            decodes = ("cvt", "bits") if target.fp8_convert and target.kind == "cuda" else ("bits",)
             if target.kind == "hip":
                 decodes = ("plain",)
-        width = sum(load.width for load in loads_of(spec, 1, 64)) * (2 if spec.kv_dtype.is_fp8 else 1)
+        width = sum(load.width for load in loads_of(spec, 1, 16)) * (2 if spec.kv_dtype.is_fp8 else 1)
         # Where matrix products read K and V from shared memory, registers are left for a longer tile.
         from_smem = target.kind == "cuda" and target.capability // 10 in (9, 10)
         tile = 128 if from_smem and width <= 128 else 64 if width <= 128 or from_smem else 32
@@ -189,7 +189,7 @@ class TritonExtend(Family):
         tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
         warps, stages = schedule.int("num_warps"), schedule.int("num_stages")
         ids, group = str(schedule["ids"]), spec.group_size
-        width = sum(load.width for load in loads_of(spec, 1, 64)) * (2 if spec.kv_dtype.is_fp8 else 1)
+        width = sum(load.width for load in loads_of(spec, 1, 16)) * (2 if spec.kv_dtype.is_fp8 else 1)
         programs, kv_tiles, memory = 0, 0, 0
         for seq_len, q_len in zip(workload.seq_lens, workload.lens_of_queries, strict=True):
             if not q_len:
@@ -248,7 +248,7 @@ class TritonExtend(Family):
         """Literals for the Jinja source."""
         is_fp8 = spec.kv_dtype.is_fp8
         decode = str(schedule["fp8_decode"])
-        tile, loads = schedule.int("tile"), loads_of(spec, 1, 64)
+        tile, loads = schedule.int("tile"), loads_of(spec, 1, 16)
         return {
             "spec": spec,
             "target": target,
