@@ -57,8 +57,9 @@ class TritonExtend(Family):
     def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
         """Tile, warps, stages, how page ids are loaded, and how FP8 is decoded.
 
-        The defaults issue the fewest instructions for a pair of a query and a key among the tiles that do not
-        spill (head_dim 128, sm_90: 2,776 of all warps for 128 x 64 pairs, 3,520 with tiles of 64 tokens).
+        The defaults on sm_90 were the fastest of 78 (16 bits) and 50 (fp8) schedules on an H100 for most of
+        five batches at head_dim 128; elsewhere they issue the fewest instructions for a pair of a query and
+        a key among the tiles that do not spill.
         """
         decodes: tuple[Choice, ...] = ("none",)
         if spec.kv_dtype.is_fp8:
@@ -68,14 +69,19 @@ class TritonExtend(Family):
         width = sum(load.width for load in loads_of(spec, 1, 16)) * (2 if spec.kv_dtype.is_fp8 else 1)
         # Where matrix products read K and V from shared memory, registers are left for a longer tile.
         from_smem = target.kind == "cuda" and target.capability // 10 in (9, 10)
-        tile = 128 if from_smem and width <= 128 else 64 if width <= 128 or from_smem else 32
+        tile = 64 if width <= 128 or from_smem else 32
+        tile_m, warps, stages = 128, 8, 2
+        measured = from_smem and width <= 128
+        if measured:
+            tile_m, warps = 64, 4
+            tile, stages = (128, 2) if spec.kv_dtype.is_fp8 else (64, 3)
         return (
-            Field("tile_m", (16, 32, 64, 128, 256), 128, "rows of a query tile"),
+            Field("tile_m", (16, 32, 64, 128, 256), tile_m, "rows of a query tile"),
             Field("tile", (16, 32, 64, 128), tile, "KV tokens worked on at a time"),
-            Field("num_warps", (1, 2, 4, 8), 8, "warps of a program"),
-            Field("num_stages", (1, 2, 3, 4), 2, "depth of the load pipeline"),
+            Field("num_warps", (1, 2, 4, 8), warps, "warps of a program"),
+            Field("num_stages", (1, 2, 3, 4), stages, "depth of the load pipeline"),
             Field("ids", ("gather", "page", "scalar"), self._ids(spec, tile), "how block ids are loaded"),
-            Field("prefetch_ids", (0, 1), 0, "load block ids one tile ahead of K and V"),
+            Field("prefetch_ids", (0, 1), int(measured), "load block ids one tile ahead of K and V"),
             Field("seq_lanes", (32, 128), 32, "sequences whose lengths are scanned at a time"),
             Field("fp8_decode", decodes, decodes[0], "how FP8 becomes float16"),
         )

@@ -1,9 +1,9 @@
 """extend-h128-q32-kv8-b16-f16 for sm_90
 
-schedule: fp8_decodenone-idspage-num_stages2-num_warps8-prefetch_ids0-seq_lanes32-tile128-tile_m128 (triton-extend, pagedgen 0.1.0)
+schedule: fp8_decodenone-idspage-num_stages3-num_warps4-prefetch_ids1-seq_lanes32-tile64-tile_m64 (triton-extend, pagedgen 0.1.0)
 
 Extend: the last tokens of each sequence as queries against its paged keys and values, causal: prefill,
-chunked prefill and decodes in one launch. A program takes one tile of 128 rows of one sequence and one KV head; a
+chunked prefill and decodes in one launch. A program takes one tile of 64 rows of one sequence and one KV head; a
 row is one query token and one of the 4 query heads that share the KV head.
 
     q, out        [num_tokens, 32, 128] f16
@@ -56,8 +56,8 @@ def paged_extend(
         ends = tl.load(cu_seqlens_q_ptr + base + lanes + 1, mask=there, other=0)
         q_lens = tl.maximum(ends - begins, 0)
         queries = tl.minimum(tl.maximum(reach[None, :] - 1 - (lens[:, None] - q_lens[:, None]), 0), q_lens[:, None])
-        short = tl.where(queries == q_lens[:, None], (q_lens[:, None] * 4 + 127) // 128, queries * 4 // 128)
-        tiles += tl.sum((q_lens[:, None] * 4 + 127) // 128 - short, axis=0)
+        short = tl.where(queries == q_lens[:, None], (q_lens[:, None] * 4 + 63) // 64, queries * 4 // 64)
+        tiles += tl.sum((q_lens[:, None] * 4 + 63) // 64 - short, axis=0)
     place = tl.program_id(0) // 8  # in the order of all tiles
     longer = tiles <= place  # levels whose tiles all come before mine
     level = tl.sum(longer.to(tl.int32), axis=0)
@@ -77,10 +77,10 @@ def paged_extend(
         ends = tl.load(cu_seqlens_q_ptr + base + lanes + 1, mask=there, other=0)
         q_lens = tl.maximum(ends - begins, 0)
         queries = tl.minimum(tl.maximum(most - 1 - (lens - q_lens), 0), q_lens)
-        short = tl.where(queries == q_lens, (q_lens * 4 + 127) // 128, queries * 4 // 128)
+        short = tl.where(queries == q_lens, (q_lens * 4 + 63) // 64, queries * 4 // 64)
         upto = short
         queries = tl.minimum(tl.maximum(least - 1 - (lens - q_lens), 0), q_lens)
-        short = tl.where(queries == q_lens, (q_lens * 4 + 127) // 128, queries * 4 // 128)
+        short = tl.where(queries == q_lens, (q_lens * 4 + 63) // 64, queries * 4 // 64)
         places = seen + tl.cumsum(upto - short, axis=0)
         before = places <= place
         seq += tl.sum(before.to(tl.int32), axis=0)
@@ -91,23 +91,23 @@ def paged_extend(
     q_begin = tl.load(cu_seqlens_q_ptr + seq)
     q_len = tl.load(cu_seqlens_q_ptr + seq + 1) - q_begin
     queries = tl.minimum(tl.maximum(most - 1 - (seq_len - q_len), 0), q_len)
-    short = tl.where(queries == q_len, (q_len * 4 + 127) // 128, queries * 4 // 128)
-    first_row = (short - 1 - (place - first)) * 128  # of my tile, in rows of its sequence
+    short = tl.where(queries == q_len, (q_len * 4 + 63) // 64, queries * 4 // 64)
+    first_row = (short - 1 - (place - first)) * 64  # of my tile, in rows of its sequence
 
     kv_head = tl.program_id(0) % 8
-    rows = first_row + tl.arange(0, 128)
+    rows = first_row + tl.arange(0, 64)
     queries = rows // 4  # tokens of the sequence's queries
     positions = seq_len - q_len + queries
     row_ok = (queries < q_len) & (positions >= 0)
     q_heads = kv_head * 4 + rows % 4
     q_tokens = (q_begin + queries).to(tl.int64)
     first_position = seq_len - q_len + first_row // 4
-    kv_end = tl.minimum(seq_len - q_len + (first_row + 127) // 4 + 1, seq_len)
+    kv_end = tl.minimum(seq_len - q_len + (first_row + 63) // 4 + 1, seq_len)
 
     col0 = tl.arange(0, 128)
     dim0 = col0
-    tokens = tl.arange(0, 128)
-    pages = tl.arange(0, 8)
+    tokens = tl.arange(0, 64)
+    pages = tl.arange(0, 4)
     slots = tl.arange(0, 16)
     last_page = (seq_len - 1) // 16
     scores_scale = qk_scale
@@ -119,22 +119,24 @@ def paged_extend(
 
     q_base = q_ptr + q_tokens * q_stride_token + q_heads.to(tl.int64) * q_stride_head
     q_ptrs = q_base[:, None] + dim0[None, :]
-    q0 = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [128, 128]
+    q0 = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [64, 128]
     scale = scores_scale
 
-    m = tl.full([128], -1e30, tl.float32)  # finite: a row may see nothing of its first tile
-    l = tl.zeros([128], tl.float32)
-    acc0 = tl.zeros([128, 128], tl.float32)
-    full_end = tl.maximum(first_position + 1, 0) // 128 * 128  # up to here every row sees all
-    for pos in tl.range(0, full_end, 128, num_stages=2):
-        ids = tl.load(table_ptr + tl.minimum(pos // 16 + pages, last_page))  # [8]
+    m = tl.full([64], -1e30, tl.float32)  # finite: a row may see nothing of its first tile
+    l = tl.zeros([64], tl.float32)
+    acc0 = tl.zeros([64, 128], tl.float32)
+    full_end = tl.maximum(first_position + 1, 0) // 64 * 64  # up to here every row sees all
+    pos = 0
+    ids = tl.load(table_ptr + tl.minimum(pos // 16 + pages, last_page))  # [4]
+    for pos in tl.range(0, full_end, 64, num_stages=3):
+        next_ids = tl.load(table_ptr + tl.minimum((pos + 64) // 16 + pages, last_page))  # [4]
         k_rows = (ids.to(tl.int64) * k_block)[:, None] + (slots * k_token)[None, :]
-        k_rows = tl.multiple_of(tl.reshape(k_rows, [128]), 8)
+        k_rows = tl.multiple_of(tl.reshape(k_rows, [64]), 8)
         v_rows = (ids.to(tl.int64) * v_block)[:, None] + (slots * v_token)[None, :]
-        v_rows = tl.multiple_of(tl.reshape(v_rows, [128]), 8)
+        v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
         k_ptrs = k_base + col0[:, None] + k_rows[None, :]
-        k0 = tl.load(k_ptrs)  # [128, 128]
-        s = tl.dot(q0, k0)  # [128, 128]
+        k0 = tl.load(k_ptrs)  # [128, 64]
+        s = tl.dot(q0, k0)  # [64, 64]
         m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
         p = tl.exp2(s * scale - m_new[:, None])
         alpha = tl.exp2(m - m_new)
@@ -142,19 +144,20 @@ def paged_extend(
         p = p.to(tl.float16)
         m = m_new
         v_ptrs = v_base + v_rows[:, None] + col0[None, :]
-        v0 = tl.load(v_ptrs)  # [128, 128]
+        v0 = tl.load(v_ptrs)  # [64, 128]
         acc0 = tl.dot(p, v0, acc0 * alpha[:, None])
+        ids = next_ids
 
-    for pos in tl.range(full_end, kv_end, 128, num_stages=2):
-        ids = tl.load(table_ptr + tl.minimum(pos // 16 + pages, last_page))  # [8]
+    for pos in tl.range(full_end, kv_end, 64, num_stages=3):
+        next_ids = tl.load(table_ptr + tl.minimum((pos + 64) // 16 + pages, last_page))  # [4]
         k_rows = (ids.to(tl.int64) * k_block)[:, None] + (slots * k_token)[None, :]
-        k_rows = tl.multiple_of(tl.reshape(k_rows, [128]), 8)
+        k_rows = tl.multiple_of(tl.reshape(k_rows, [64]), 8)
         v_rows = (ids.to(tl.int64) * v_block)[:, None] + (slots * v_token)[None, :]
-        v_rows = tl.multiple_of(tl.reshape(v_rows, [128]), 8)
+        v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
         live = pos + tokens < kv_end  # what some row sees
         k_ptrs = k_base + col0[:, None] + k_rows[None, :]
-        k0 = tl.load(k_ptrs, mask=live[None, :], other=0)  # [128, 128]
-        s = tl.dot(q0, k0)  # [128, 128]
+        k0 = tl.load(k_ptrs, mask=live[None, :], other=0)  # [128, 64]
+        s = tl.dot(q0, k0)  # [64, 64]
         visible = pos + tokens[None, :] <= positions[:, None]
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
@@ -164,13 +167,14 @@ def paged_extend(
         p = p.to(tl.float16)
         m = m_new
         v_ptrs = v_base + v_rows[:, None] + col0[None, :]
-        v0 = tl.load(v_ptrs, mask=live[:, None], other=0)  # [128, 128]
+        v0 = tl.load(v_ptrs, mask=live[:, None], other=0)  # [64, 128]
         acc0 = tl.dot(p, v0, acc0 * alpha[:, None])
+        ids = next_ids
 
     # Where rows go is found anew: kept through the loops, it would take the registers that scores need. Reading
     # q_begin again hides from the compiler that it is the same.
     q_begin_again = tl.load(cu_seqlens_q_ptr + seq, volatile=True)
-    rows = first_row + (q_begin_again - q_begin) + tl.arange(0, 128)
+    rows = first_row + (q_begin_again - q_begin) + tl.arange(0, 64)
     queries = rows // 4
     row_ok = (queries < q_len) & (seq_len - q_len + queries >= 0)
     q_heads = kv_head * 4 + rows % 4
