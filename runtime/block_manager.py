@@ -22,6 +22,7 @@ from pagedgen.errors import (
 )
 from pagedgen.runtime.arrays import EMPTY, I32, I64, Bool
 from pagedgen.runtime.block_pool import PRIORITIES, BlockPool
+from pagedgen.runtime.compaction import Residents
 from pagedgen.runtime.fingerprint import ExtraKey, Salt, check_extra, check_salt, token_array
 from pagedgen.runtime.layer_group import LayerGroup
 from pagedgen.runtime.prefix_cache import PrefixCache, PrefixMatch
@@ -702,7 +703,9 @@ class BlockManager:
     def compact(self, max_moves: int) -> I32:
         """Move scattered blocks into aligned runs.
 
-        Only blocks that one sequence alone has, and whose KV is computed, are moved.
+        Only blocks that one sequence alone has, and whose KV is computed, are moved: stretches that may fill
+        a run into free ones, and where none is free, blocks out of the emptiest runs into holes elsewhere,
+        so that the next call finds room.
 
         Args:
             max_moves: at most this many blocks.
@@ -717,62 +720,55 @@ class BlockManager:
         _check_int("max_moves", max_moves, 1, 1 << 31)
         if self._runs is None:
             raise InvalidPool("adaptive", False, "True is needed to compact")
-        sources: list[I32] = []
-        targets: list[I32] = []
+        moves: list[tuple[I32, I32]] = []
         left = max_moves
-        for _, index, row, first, last in sorted(self._scattered(self._runs.run_blocks), reverse=True):
-            n = last - first
-            piece = self._runs.take_piece(n) if n <= left else None
-            if piece is None:
-                continue
-            group = self.groups[index]
-            target = self._evict_for(*piece)
-            source = group.table[row, first:last].copy()
-            self.pool.priority[target] = self.pool.priority.take(source)
-            group.set_row(row, first, target)
-            sources.append(source)
-            targets.append(target)
-            self._set_tail(row)
-            left -= n
-        if not sources:
+        for group in self.groups:
+            found = self._residents(group)
+            crowded = False
+            for stretch in found.stretches(self._runs.run_blocks):
+                size = stretch.last - stretch.first
+                piece = self._runs.take_piece(size) if size <= left else None
+                if piece is None:
+                    crowded = True
+                    continue
+                where = np.arange(stretch.begin, stretch.end)
+                moves.append(self._move(group, found, where, self._evict_for(*piece)))
+                found.movable[where] = False
+                left -= size
+            if crowded and left:  # room for the next call: what this one leaves may not be filled by it
+                loose = np.flatnonzero(found.movable & found.short)
+                which, holes, evicted = self._runs.take_holes(found.blocks[loose], left)
+                if which.size:
+                    moves.append(self._move(group, found, loose[which], self._evict_for(holes, evicted)))
+                    left -= which.size
+        if not moves:
             return np.empty((0, 2), np.int32)
-        moved, to = np.concatenate(sources), np.concatenate(targets)
+        moved, to = (np.concatenate(part) for part in zip(*moves, strict=True))
         if self.cache is not None:
             self.cache.move(moved, to)
         self.pool.discard(self.pool.drop(moved))
         self.counters.compacted_blocks += moved.size
         return np.stack((moved, to), axis=1)
 
-    def _scattered(self, run_blocks: int) -> list[tuple[int, int, int, int, int]]:
-        """Stretches worth moving: (blocks in short runs, group, row, first, last column).
+    def _residents(self, group: LayerGroup) -> Residents:
+        """Blocks of all sequences that are here and computed."""
+        rows = np.array([self.seqs.row(seq) for seq in self.seqs.handles], np.int64)
+        suspended = np.array([self.seqs.is_suspended(row) for row in rows.tolist()], bool)
+        rows = rows[~suspended & (self._step_of.take(rows) != self._step)]
+        counts = -(-self.seq_lens.take(rows).astype(np.int64) // self.block_size)
+        movable: Bool = self.pool.refs == 1
+        movable[np.fromiter(self._copies, np.int32, len(self._copies))] = False
+        run_blocks = self._runs.run_blocks if self._runs else 1
+        return Residents.of(group.table, rows, counts, movable, run_blocks)
 
-        A stretch is what may fill one run: an aligned one of its sequence's columns, most of it in runs below
-        a quarter of the largest.
-        """
-        found = []
-        pending = np.fromiter(self._copies, np.int32, len(self._copies))
-        for seq in self.seqs.handles:
-            row = self.seqs.row(seq)
-            count = -(-int(self.seq_lens[row]) // self.block_size)
-            if not count or self.seqs.is_suspended(row) or self._step_of[row] == self._step:
-                continue
-            for index, group in enumerate(self.groups):
-                blocks = group.table[row, :count]
-                lengths = group.runs(row, count)[:, 1] if isinstance(group, RunGroup) else EMPTY
-                short = np.repeat(lengths < max(2, run_blocks // 4), lengths)
-                if not short.any():
-                    continue
-                fixed = self.pool.refs.take(blocks) != 1
-                if pending.size:
-                    fixed |= np.isin(blocks, pending)
-                firsts = np.arange(0, count, run_blocks)
-                worth = np.add.reduceat(short, firsts, dtype=np.int64)
-                bound = np.logical_or.reduceat(fixed, firsts)
-                sizes = np.minimum(count - firsts, run_blocks)
-                for i in np.flatnonzero(~bound & (2 * worth >= sizes) & (sizes > 1)).tolist():
-                    first = int(firsts[i])
-                    found.append((int(worth[i]), index, row, first, first + int(sizes[i])))
-        return found
+    def _move(self, group: LayerGroup, found: Residents, where: I64, to: I32) -> tuple[I32, I32]:
+        """Enter the new places of blocks; returns (source, destination)."""
+        rows, blocks = found.rows[where], found.blocks[where]
+        self.pool.priority[to] = self.pool.priority.take(blocks)
+        group.set(rows, found.columns[where], to)
+        for row in np.unique(rows).tolist():
+            self._set_tail(row)
+        return blocks, to
 
     # Pins
 

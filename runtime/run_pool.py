@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 
 from pagedgen.errors import OutOfBlocks
-from pagedgen.runtime.arrays import EMPTY, I32, Bool
+from pagedgen.runtime.arrays import EMPTY, I32, I64, Bool
 from pagedgen.runtime.block_pool import BlockPool
 
 RUN_BLOCKS = 16  # blocks of the largest run: 256 tokens at block 16
@@ -102,12 +102,49 @@ class RunPool(BlockPool):
     def take_piece(self, n: int) -> tuple[I32, I32] | None:
         """``n`` blocks at the head of an aligned piece where nobody grows, or None; as :meth:`take`."""
         order = (n - 1).bit_length()
-        run = self._tightest(order)
+        run = self._tightest(order, self._grows_on())
         if run < 0:
             return None
         blocks: I32 = np.empty(n, np.int32)
         self._claim(blocks, run, self._piece_in(run, order), n)
         return blocks, self._settle(blocks)
+
+    def take_holes(self, scattered: I32, most: int) -> tuple[I64, I32, I32]:
+        """Holes for the blocks of runs that hold nothing but ``scattered`` ones, which so become whole.
+
+        The runs with the fewest blocks come first; nobody grows in them, nor where the holes are, and no hole
+        is cut from a piece of half a run.
+
+        Args:
+            scattered: blocks that may move, int32 ``[n]``.
+            most: how many may.
+
+        Returns:
+            (which of ``scattered`` move, int64 ``[m]``; the holes, int32 ``[m]``, taken; those of them whose
+            cached content is evicted).
+        """
+        free = np.bitwise_count(self._maps)
+        quiet = ~self._grows_on()
+        held = np.bincount(scattered >> self._shift, minlength=self._maps.size)
+        runs = np.flatnonzero((held > 0) & (held + free == self.run_blocks) & quiet)
+        runs = runs[np.argsort(held[runs], kind="stable")]
+        runs = runs[held[runs].cumsum() <= most]
+        places = np.flatnonzero((self._orders >= 0) & (self._orders < self._shift - 1) & quiet)
+        while True:
+            others = np.setdiff1d(places, runs)
+            others = others[np.argsort(free[others], kind="stable")]  # the fullest first
+            count = int(held[runs].sum())
+            if count <= int(free[others].sum()):
+                break
+            runs = runs[: runs.size // 2]
+        if not count:
+            return np.empty(0, np.int64), EMPTY, EMPTY
+        bits = self._maps[others, None] >> np.arange(self.run_blocks, dtype=np.uint16) & np.uint16(1)
+        at, slots = np.nonzero(bits)
+        holes = (others[at] * self.run_blocks + slots)[:count].astype(np.int32)
+        self._close(holes)
+        self.refs[holes] = 1
+        return np.flatnonzero(np.isin(scattered >> self._shift, runs)), holes, self._settle(holes)
 
     def share(self, blocks: I32, owners: I32 | int = 1) -> None:
         """As :meth:`BlockPool.share`."""
@@ -202,7 +239,7 @@ class RunPool(BlockPool):
             run = self._oldest_whole()
         if run < 0:
             order = min((n - 1).bit_length(), self._shift)
-            run = self._tightest(order)
+            run = self._tightest(order, self._growing())
         if run < 0:
             run, order = self._largest()
         if run < 0:  # what is left has a raised priority
@@ -238,13 +275,23 @@ class RunPool(BlockPool):
         return -1
 
     def _growing(self) -> Bool:
-        """Runs with a sequence that may go on in them."""
+        """Runs where the sequence that opened them last is still alive."""
         growing: Bool = (self._tips >= 0) & (self.refs.take(self._tips, mode="clip") > 0)
         return growing
 
-    def _tightest(self, order: int) -> int:
-        """The run with the smallest piece of at least 2^order free blocks where nobody grows, or -1."""
-        fits = (self._orders >= order) & ~self._growing()
+    def _grows_on(self) -> Bool:
+        """Those of them where the next block is free, too: what compaction leaves alone.
+
+        Placement keeps away from the others as well: on the Azure conversation trace, in a pool 95% full, 98%
+        of the blocks lie in runs of 64 tokens with that, 90% without.
+        """
+        behind = np.minimum(self._tips + np.int32(1), self.num_blocks - 1)
+        inside: Bool = behind & (self.run_blocks - 1) != 0
+        return self._growing() & inside & self._is_open(behind)
+
+    def _tightest(self, order: int, busy: Bool) -> int:
+        """The run with the smallest piece of at least 2^order free blocks that is not ``busy``, or -1."""
+        fits = (self._orders >= order) & ~busy
         if not fits.any():
             return -1
         return int(np.where(fits, self._orders, np.int8(127)).argmin())

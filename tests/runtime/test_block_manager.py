@@ -553,3 +553,25 @@ def test_adaptive_places_side_by_side_and_says_what_it_needs() -> None:
         manager.take_copies()
     assert manager.run_table(seqs).tolist() == [[[0, 14]], [[16, 14]], [[32, 14]]]
     assert manager.compact(16).shape == (0, 2)
+
+
+def test_compaction_clears_a_run_and_fills_it_in_the_next_call() -> None:
+    """Holes of one block everywhere: the emptiest run's blocks move away, then a whole stretch moves in."""
+    manager = BlockManager(64, adaptive=True, prefix_caching=False)
+    singles = [manager.allocate([i] * 16).seq for i in range(64)]
+    manager.take_copies()
+    for seq in singles:
+        if manager.blocks(seq)[0] % 2:
+            manager.free(seq)
+    scattered = manager.allocate(range(16 * 12)).seq
+    manager.take_copies()
+    assert manager.run_table([scattered]).shape[1] == 12
+    moved = []
+    for _ in range(2):
+        pairs = manager.compact(32)
+        assert len({*pairs.ravel().tolist()}) == pairs.size  # may be copied in any order
+        moved.append(len(pairs))
+    assert 8 <= moved[0] <= 16 and moved[1] == 12
+    run = manager.run_table([scattered])[0]
+    assert run.shape[0] == 1 and run[0, 0] % 16 == 0 and run[0, 1] == 12
+    assert manager.pool.num_free == 64 - 32 - 12
