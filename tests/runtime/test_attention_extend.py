@@ -6,13 +6,17 @@ That extend kernels compute attention is shown by the gate (tests/templates, tes
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pagedgen.compiler.build import Choice, build
 from pagedgen.compiler.verify import Inputs, judge, make_inputs, query_ranges, reference
 from pagedgen.errors import ArgumentError, SpecNotInPack
+from pagedgen.runtime import ops
 from pagedgen.runtime.attention import Attention
+from pagedgen.runtime.lengths import VARIABLE
 from pagedgen.runtime.pack import open_pack
 from pagedgen.values.manifest import Rule
 
@@ -118,3 +122,70 @@ def test_what_the_pack_does_not_have(served, pack_of, make_spec):
     decodes = pack_of(decode)
     with pytest.raises(SpecNotInPack, match=f"extend: the pack holds {decode.name}"):
         extend(decodes, inputs)
+
+
+def test_the_operator_compiles_into_one_graph(served):
+    attention, _, (_, plain, _, sinks) = served
+    operator = ops.bind_extend(attention)
+
+    def layer(q, k, v, table, lens, ends, sinks):
+        return operator(q * 2, k, v, table, lens, ends, softmax_scale=0.1, sinks=sinks) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for spec in (plain, sinks):
+        inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+        tensors = (inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q)
+        want = torch.zeros_like(inputs.q)
+        attention.extend(inputs.q * 2, *tensors, out=want, softmax_scale=0.1, sinks=inputs.sinks)
+        assert not want[-3:].any() and want[:-3].any()  # padding rows are zeros
+        assert torch.equal(layer(inputs.q, *tensors, inputs.sinks), want + 1)
+        assert torch.equal(compiled(inputs.q, *tensors, inputs.sinks), want + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cu_seqlens_q", [0, 20, 19, 21, 54], r"cu_seqlens_q\[2\] = 19: 20 or more is allowed"),
+        (
+            "cu_seqlens_q",
+            [0, 20, 21, 22, 54],
+            r"cu_seqlens_q\[3\] = 22: 1 queries of sequence 2, whose seq_len is 0",
+        ),
+        ("cu_seqlens_q", [0, 20, 21, 21, 58], "cu_seqlens_q = 0 … 58: 0 to 57, the rows of q, is allowed"),
+        ("cu_seqlens_q", [-1, 20, 21, 21, 54], "cu_seqlens_q = -1 … 54: 0 to 57"),
+        ("seq_lens", [50, 17, -1, 33], r"seq_lens\[2\] = -1: 0 to max_seq_len \(64\) is allowed"),
+        ("seq_lens", [65, 17, 0, 33], r"seq_lens\[0\] = 65: 0 to max_seq_len"),
+        ("block_table", [[0, 1, 2, 12]] + [[0] * 4] * 3, r"block_table\[0, 3\] = 12: 0 to 11 is allowed"),
+        ("block_table", [[0] * 4, [0, -1, 0, 0], [0] * 4, [0] * 4], r"block_table\[1, 1\] = -1: 0 to 11"),
+    ],
+)
+def test_lengths_are_checked_where_it_is_asked_for(pack_of, make_spec, monkeypatch, name, value, message):
+    monkeypatch.setenv(VARIABLE, "1")
+    spec = make_spec(**SHAPE, op="extend")
+    attention, calls = pack_of(spec), []
+    attention.kernel(spec).call = lambda *arguments: calls.append(arguments)
+    inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+    assert inputs.k.shape[0] == 12 and inputs.q.shape[0] == 57
+    extend(attention, inputs)
+    assert len(calls) == 1
+    setting = {name: torch.tensor(value, dtype=torch.int32)}
+    with pytest.raises(ArgumentError, match=message):
+        extend(attention, replace(inputs, **setting))
+    assert len(calls) == 1
+
+
+def test_lengths_are_not_read_unless_asked_for(pack_of, make_spec, monkeypatch):
+    spec = make_spec(**SHAPE)
+    attention, calls = pack_of(spec), []
+    attention.kernel(spec).call = lambda *arguments: calls.append(arguments)
+    inputs = make_inputs(spec, (5, 9))
+    inputs.seq_lens[1] = 10_000
+    attention.decode(inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens)
+    assert len(calls) == 1
+    monkeypatch.setenv(VARIABLE, "1")
+    checking = Attention(attention.pack)
+    with pytest.raises(ArgumentError, match=r"seq_lens\[1\] = 10000: 0 to max_seq_len \(16\) is allowed"):
+        checking.decode(inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens)
+    monkeypatch.setenv(VARIABLE, "yes")
+    with pytest.raises(ArgumentError, match=f"{VARIABLE} = 'yes': 0 or 1 is allowed"):
+        Attention(attention.pack)
