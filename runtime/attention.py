@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pagedgen.errors import ArgumentError, PackDamaged, PagedgenError, SpecNotInPack
+from pagedgen.runtime.lengths import check_lengths, checks_wanted
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.pack import Pack, check_machine, open_pack
 from pagedgen.values.manifest import KernelEntry
@@ -82,6 +83,9 @@ class Attention:
     Calls that may run at the same time need a workspace each. Where none is given, every stream (on a CPU
     every thread) has its own; graphs captured on one stream and replayed at the same time on several should
     be captured with a ``workspace`` each.
+
+    ``PAGEDGEN_CHECK_LENGTHS=1`` has lengths and block ids of every call read back and checked first
+    (:mod:`pagedgen.runtime.lengths`): for finding mistakes, since it synchronises.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -92,6 +96,7 @@ class Attention:
         of_op = {op: [kernel for kernel in kernels if kernel.spec.op is op] for op in Op}
         self._only = {op: found[0] for op, found in of_op.items() if len(found) == 1}
         self._matches: dict[tuple[object, ...], Kernel] = {}
+        self._checked = checks_wanted()
 
     @property
     def specs(self) -> tuple[KernelSpec, ...]:
@@ -156,6 +161,8 @@ class Attention:
             returns_lse = kernel.spec.return_lse
             if returns_lse and lse is None:
                 lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            if self._checked:
+                _check(kernel.spec, q, k, block_table, seq_lens, None, max_seq_len)
             if workspace is None:
                 workspace = kernel.workspaces.take(q.shape[0] if q.ndim else 0, q.device)
             kernel.call(
@@ -251,6 +258,8 @@ class Attention:
             returns_lse = kernel.spec.return_lse
             if returns_lse and lse is None:
                 lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            if self._checked:
+                _check(kernel.spec, q, k, block_table, seq_lens, cu_seqlens_q, max_seq_len)
             if workspace is None:
                 workspace = kernel.workspaces.take(seq_lens.shape[0] if seq_lens.ndim else 0, q.device)
             kernel.call(
@@ -411,6 +420,27 @@ def _capacity(block_table: torch.Tensor, spec: KernelSpec) -> int:
         shape = list(block_table.shape)
         raise ArgumentError(f"block_table.shape = {shape}: rank 2 is expected, [num_seqs, max_blocks]")
     return block_table.shape[1] * spec.block_size
+
+
+def _check(
+    spec: KernelSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    max_seq_len: int,
+) -> None:
+    check_lengths(
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        num_tokens=q.shape[0],
+        num_blocks=k.shape[0],
+        block_size=spec.block_size,
+        max_seq_len=max_seq_len,
+        window=spec.window,
+    )
 
 
 def _sinks(spec: KernelSpec, sinks: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -1,6 +1,6 @@
 """torch custom operators of the runtime, so that ``torch.compile(fullgraph=True)`` goes through them.
 
-``pagedgen::decode``, ``pagedgen::write_kv`` and ``pagedgen::copy_blocks`` have fake implementations (shapes
+``pagedgen::decode``, ``::extend``, ``::write_kv`` and ``::copy_blocks`` have fake implementations (shapes
 without data) and declare what they write to. None of them synchronises, so captured CUDA graphs replay them.
 
     decode = ops.bind(pagedgen.load(pack))          # once
@@ -34,6 +34,27 @@ class Decode(Protocol):
         softmax_scale: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+    ) -> torch.Tensor: ...
+
+
+class Extend(Protocol):
+    """Extend attention as an operator; the arguments are those of :meth:`Attention.extend`."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -58,15 +79,54 @@ def bind(attention: Attention) -> Decode:
         softmax_scale: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor:
         out: torch.Tensor = _decode(
-            number, q, k, v, block_table, seq_lens, softmax_scale, k_scale, v_scale, max_seq_len
+            number, q, k, v, block_table, seq_lens, softmax_scale, k_scale, v_scale, max_seq_len, sinks
         )
         return out
 
     decode.attention = attention  # type: ignore[attr-defined]
     return decode
+
+
+def bind_extend(attention: Attention) -> Extend:
+    """The extend operator of one pack, without LSE; it keeps the pack loaded."""
+    number = next(_numbers)
+    _attentions[number] = attention
+
+    def extend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+    ) -> torch.Tensor:
+        out: torch.Tensor = _extend(
+            number, q, k, v, block_table, seq_lens, cu_seqlens_q, softmax_scale, k_scale, v_scale,
+            max_seq_len, sinks,
+        )  # fmt: skip
+        return out
+
+    extend.attention = attention  # type: ignore[attr-defined]
+    return extend
+
+
+def _held(pack: int) -> Attention:
+    attention = _attentions.get(pack)
+    if attention is None:
+        raise ArgumentError(
+            f"pack = {pack}: the operator that bind() returned for it is gone, and the pack with it"
+        )
+    return attention
 
 
 @torch.library.custom_op("pagedgen::decode", mutates_args=())
@@ -81,17 +141,14 @@ def _decode(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    attention = _attentions.get(pack)
-    if attention is None:
-        raise ArgumentError(
-            f"pack = {pack}: the operator that bind() returned for it is gone, and the pack with it"
-        )
-    # Rows of length 0 are not written by kernels; an operator's result has no bytes of old memory.
+    attention = _held(pack)
+    # Padding rows are not written by kernels; an operator's result has no bytes of old memory.
     out = torch.zeros_like(q)
     attention.decode(
         q, k, v, block_table, seq_lens, out=out, softmax_scale=softmax_scale,
-        k_scale=k_scale, v_scale=v_scale, max_seq_len=max_seq_len,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, max_seq_len=max_seq_len,
     )  # fmt: skip
     return out
 
@@ -108,6 +165,49 @@ def _(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("pagedgen::extend", mutates_args=())
+def _extend(
+    pack: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    softmax_scale: float | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    max_seq_len: int | None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    attention = _held(pack)
+    out = torch.zeros_like(q)  # padding rows, as for decode
+    attention.extend(
+        q, k, v, block_table, seq_lens, cu_seqlens_q, out=out, softmax_scale=softmax_scale,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, max_seq_len=max_seq_len,
+    )  # fmt: skip
+    return out
+
+
+@_extend.register_fake
+def _(
+    pack: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    softmax_scale: float | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    max_seq_len: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(q)
 

@@ -128,7 +128,10 @@ class TritonDecode(Family):
     name = "triton-decode"
     kind = "cuda"
     source = TEMPLATES / "triton" / "decode.py.j2"
-    shared = tuple(TEMPLATES / "triton" / n for n in ("worklist.j2", "pages.j2", "fp8.j2", "merge.j2"))
+    shared = tuple(
+        TEMPLATES / "triton" / n for n in ("worklist.j2", "pages.j2", "fp8.j2", "merge.j2", "masks.j2")
+    )
+    masks = ("window", "logits_soft_cap", "sinks")
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -307,15 +310,18 @@ class TritonDecode(Family):
         tile_bytes = 2 * tile * width * spec.kv_dtype.size
         programs = spec.num_kv_heads * head_blocks(spec)
         partitions = max(1, cdiv(target.num_sms * schedule.int("waves"), programs))
-        tiles = sum(cdiv(n, tile) for n in workload.seq_lens)  # of one KV head
+        lens = workload.seq_lens
+        if spec.window is not None:  # tiles before the window are skipped
+            lens = tuple(n - max(n - spec.window, 0) // tile * tile for n in lens)
+        tiles = sum(cdiv(n, tile) for n in lens)  # of one KV head
         if schedule["split"] == "even":
             share = max(1, cdiv(tiles, partitions))
-            pieces, splits = cdiv(tiles, share), cdiv(cdiv(workload.max_seq_len, tile), share) + 1
+            pieces, splits = cdiv(tiles, share), cdiv(cdiv(max(lens), tile), share) + 1
         else:
-            chunk = cdiv(cdiv(max(1, workload.num_tokens), partitions), tile) * tile
+            chunk = cdiv(cdiv(max(1, sum(lens)), partitions), tile) * tile
             chunk = max(chunk, self._min_chunk(tile))
-            pieces = sum(cdiv(n, chunk) for n in workload.seq_lens)
-            splits = cdiv(workload.max_seq_len, chunk)
+            pieces = sum(cdiv(n, chunk) for n in lens)
+            splits = cdiv(max(lens), chunk)
         tiles, pieces = tiles * programs, pieces * programs
         buffers = max(1, stages - 1)  # tiles in flight, as compiled
         per_tile = {"none": 1000.0, "cvt": 1330.0, "bits": 1720.0, "plain": 2900.0}[
@@ -336,7 +342,7 @@ class TritonDecode(Family):
             "regs_per_sm": target.regs_per_sm,
             "max_threads_per_sm": target.max_threads_per_sm,
             "acc_regs": rows * width / (32 * warps) + tile_bytes / spec.kv_dtype.size / (2 * 32 * warps) / 2,
-            "kv_bytes": workload.kv_bytes(spec),
+            "kv_bytes": sum(lens) * spec.kv_bytes_per_token,
             "bandwidth_gbs": target.bandwidth_gbs
             * 0.88,  # reads reach 92% of the published rate, kernels 95%
             "num_sms": target.num_sms,

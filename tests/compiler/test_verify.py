@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 
-from pagedgen.compiler.verify import cases_of, gate, judge, make_inputs, reference
+from pagedgen.compiler.verify import Case, Inputs, cases_of, gate, judge, make_inputs, query_ranges, reference
 
 
 class Exact:
@@ -20,8 +23,6 @@ class Exact:
     def decode(
         self, q, k, v, table, lens, out, lse, scale, k_scale, v_scale, workspace, max_seq_len, variant
     ):
-        from pagedgen.compiler.verify import Inputs
-
         inputs = Inputs(q, k, v, table, lens, out, lse, k_scale, v_scale, scale, max_seq_len)
         want, want_lse, _ = reference(self.spec, inputs)
         live = lens > 0
@@ -124,3 +125,137 @@ def test_judge_reports_the_worst_error(make_spec):
     inputs.out.copy_(reference(spec, inputs)[0])
     error, allowed, reason = judge(spec, inputs)
     assert not reason and error <= allowed
+
+
+class ExactExtend:
+    """An extend library that computes the reference of the spec that ``believed`` makes of its own."""
+
+    def __init__(self, spec, **believed):
+        self.spec, self.believed = spec, replace(spec, **believed)
+
+    def workspace_bytes(self, num_seqs):
+        return 0
+
+    def extend(
+        self, q, k, v, table, lens, cu_seqlens_q, out, lse, scale, k_scale, v_scale, workspace, max_seq_len,
+        variant, sinks=None,
+    ):  # fmt: skip
+        if not self.believed.sinks:
+            sinks = None
+        inputs = Inputs(
+            q,
+            k,
+            v,
+            table,
+            self.lens(lens),
+            out,
+            lse,
+            k_scale,
+            v_scale,
+            scale,
+            max_seq_len,
+            cu_seqlens_q,
+            sinks,
+        )
+        want, want_lse, _ = reference(self.believed, inputs)
+        want, live = torch.nan_to_num(want), torch.zeros(len(q), dtype=torch.bool)
+        for first, end in query_ranges(self.spec, inputs):
+            live[first:end] = True
+        self.write(out, want, live, cu_seqlens_q)
+        if lse is not None:
+            lse[live] = torch.nan_to_num(want_lse[live]).float()
+
+    def lens(self, lens):
+        return lens
+
+    def write(self, out, want, live, cu_seqlens_q):
+        out[live] = want[live].to(out.dtype)
+
+
+class WritesPadding(ExactExtend):
+    def write(self, out, want, live, cu_seqlens_q):
+        out[:] = want.to(out.dtype)
+
+
+class LastQueryOfAll(ExactExtend):
+    """Every query of a run gets what its last one sees: a mask that is not causal."""
+
+    def write(self, out, want, live, cu_seqlens_q):
+        for first, end in pairwise(cu_seqlens_q.tolist()):
+            out[first:end] = want[max(first, end - 1) : end].to(out.dtype)
+
+
+CASES = (
+    Case((1, 15, 16, 17, 0, 77), "nhd", query_lens=(1, 15, 2, 17, 0, 60)),
+    Case((200, 0, 131, 9), "hnd", query_lens=(35, 0, 1, 0)),
+)
+ALL_MASKS = {"window": 40, "logits_soft_cap": 30.0, "sinks": True}
+
+
+@pytest.mark.parametrize("masks", [{}, {"window": 40}, {"logits_soft_cap": 30.0}, {"sinks": True}, ALL_MASKS])
+def test_exact_extend_passes(make_spec, masks):
+    spec = make_spec(head_dim=32, heads=(4, 2), lse=True, op="extend", **masks)
+    verdict = gate(ExactExtend(spec), spec, 0, "cpu", 1, cases=CASES)
+    assert verdict.passed and 0 < verdict.max_error <= verdict.tolerance, verdict
+
+
+def test_exact_extend_passes_the_gates_own_cases(make_spec):
+    spec = make_spec(head_dim=32, heads=(2, 1), op="extend", **ALL_MASKS)
+    cases = [case for case in cases_of(spec, 1) if len(case.seq_lens) < 100]
+    verdict = gate(ExactExtend(spec), spec, 0, "cpu", 1, cases=cases)
+    assert verdict.passed and verdict.cases == len(cases_of(spec, 1)) - 1, verdict
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"window": None},
+        {"window": 39},
+        {"window": 41},
+        {"logits_soft_cap": None},
+        {"logits_soft_cap": 31.0},
+        {"sinks": False},
+    ],
+)
+def test_a_wrong_mask_is_caught(make_spec, wrong):
+    spec = make_spec(head_dim=32, heads=(4, 2), op="extend", **ALL_MASKS)
+    verdict = gate(ExactExtend(spec, **wrong), spec, 0, "cpu", 3, cases=CASES)
+    assert not verdict.passed and ("error" in verdict.reason or "not finite" in verdict.reason), verdict
+
+
+@pytest.mark.parametrize(("broken", "reason"), [(WritesPadding, "padding row"), (LastQueryOfAll, "error")])
+def test_broken_extend_is_caught(make_spec, broken, reason):
+    spec = make_spec(head_dim=32, heads=(4, 2), op="extend")
+    verdict = gate(broken(spec), spec, 0, "cpu", 2, cases=CASES)
+    assert not verdict.passed and reason in verdict.reason and "query_lens" in verdict.reason
+
+
+def test_what_no_window_reaches_is_poisoned(make_spec):
+    spec = make_spec(head_dim=32, heads=(2, 1), block_size=8, op="extend", window=10)
+    inputs = make_inputs(spec, (40, 30), query_lens=(3, 1))
+    # the first query of the first sequence, at 37, sees 28 to 37; that of the second, at 29, sees 20 to 29
+    assert int((~inputs.k.float().isnan()).all(-1).all(-1).sum()) == (40 - 28) + (30 - 20)
+    assert len(set(inputs.block_table[0, :3].tolist())) == 1  # blocks left behind are nobody's
+    out, lse, _ = reference(spec, inputs)
+    assert out[:4].isfinite().all() and lse[:4].isfinite().all() and out[4:].isnan().all()
+
+
+def test_the_reference_is_attention(make_spec):
+    """Against torch's own, on a case without masks beyond causality."""
+    spec = make_spec(head_dim=32, heads=(4, 2), block_size=8, op="extend")
+    inputs = make_inputs(spec, (20,), query_lens=(7,), poison=False)
+    ids = inputs.block_table[0].long()
+    k, v = (x[ids].flatten(0, 1)[:20].double().transpose(0, 1) for x in (inputs.k, inputs.v))
+    mask = torch.arange(20) <= torch.arange(13, 20)[:, None]
+    want = torch.nn.functional.scaled_dot_product_attention(
+        inputs.q.double().transpose(0, 1), k, v, attn_mask=mask, enable_gqa=True
+    )
+    torch.testing.assert_close(reference(spec, inputs)[0], want.transpose(0, 1))
+
+
+def test_decode_cases_reach_past_the_window(make_spec):
+    spec = make_spec(head_dim=32, heads=(2, 1), window=100)
+    past = [case for case in cases_of(spec, 0) if {100, 101, 205} < set(case.seq_lens)]
+    assert len(past) == 1
+    verdict = gate(Exact(spec), spec, 0, "cpu", 4, cases=past)
+    assert verdict.passed, verdict

@@ -204,8 +204,8 @@ def paged_extend(
         visible &= pos + tokens[None, :] > positions[:, None] - 1024
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1))
-        p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
         l = l * alpha + tl.sum(p, axis=1)
         p = p.to(tl.float16)
         m = m_new
@@ -238,8 +238,8 @@ def paged_extend(
         s = tl.dot(q1_odd, k1_odd, s)
         s = 72.13475204444816 - 144.26950408889633 / (1.0 + tl.exp2(s * cap_scale[:, None]))
         m_new = tl.maximum(m, tl.max(s, axis=1))
-        p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
         l = l * alpha + tl.sum(p, axis=1)
         p = p.to(tl.float16)
         m = m_new
@@ -276,8 +276,8 @@ def paged_extend(
         visible &= pos + tokens[None, :] > positions[:, None] - 1024
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1))
-        p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
         l = l * alpha + tl.sum(p, axis=1)
         p = p.to(tl.float16)
         m = m_new

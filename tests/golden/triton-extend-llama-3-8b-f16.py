@@ -138,8 +138,8 @@ def paged_extend(
         k0 = tl.load(k_ptrs)  # [128, 64]
         s = tl.dot(q0, k0)  # [64, 64]
         m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
-        p = tl.exp2(s * scale - m_new[:, None])
         alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s * scale - m_new[:, None])
         l = l * alpha + tl.sum(p, axis=1)
         p = p.to(tl.float16)
         m = m_new
@@ -161,8 +161,8 @@ def paged_extend(
         visible = pos + tokens[None, :] <= positions[:, None]
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
-        p = tl.exp2(s * scale - m_new[:, None])
         alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s * scale - m_new[:, None])
         l = l * alpha + tl.sum(p, axis=1)
         p = p.to(tl.float16)
         m = m_new

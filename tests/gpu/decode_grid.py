@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from pagedgen.autotune.suites.decode_gpu import BF16, E4M3, E5M2, F16, grid, spec_of
 from pagedgen.compiler.build import Choice, build
@@ -21,6 +23,14 @@ from pagedgen.values.manifest import Rule
 from pagedgen.values.spec import KernelSpec, KVScale
 from pagedgen.values.target_table import target
 
+MASKS: tuple[dict[str, Any], ...] = (
+    {"window": 1},
+    {"window": 100},
+    {"window": 4096},
+    {"logits_soft_cap": 30.0},
+    {"sinks": True},
+    {"window": 128, "logits_soft_cap": 50.0, "sinks": True},
+)
 EVERYTHING = (Rule(1 << 30, 1 << 30, 0),)
 
 
@@ -40,6 +50,9 @@ def extra() -> tuple[KernelSpec, ...]:
         specs.append(spec_of(head_dim, heads, 64, kv=E4M3, lse=heads == (28, 4)))
     specs.append(spec_of(96, (32, 32)))  # Phi 3 mini
     specs.append(spec_of(80, (32, 32), 32, kv=E5M2, scale=KVScale.HEAD))  # Phi 2
+    for masks in MASKS:
+        specs.append(replace(spec_of(q=BF16, lse=True), **masks))
+        specs.append(replace(spec_of(64, (64, 8), 64, kv=E4M3), **masks))
     return tuple(specs)
 
 

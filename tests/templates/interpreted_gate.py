@@ -37,7 +37,21 @@ class Interpreted:
         return 1
 
     def decode(
-        self, q, k, v, table, lens, out, lse, scale, k_scale, v_scale, workspace, max_seq_len, variant
+        self,
+        q,
+        k,
+        v,
+        table,
+        lens,
+        out,
+        lse,
+        scale,
+        k_scale,
+        v_scale,
+        workspace,
+        max_seq_len,
+        variant,
+        sinks=None,
     ):
         spec = self.spec
         grid = PARTITIONS if self.even else PARTITIONS + q.shape[0]
@@ -50,6 +64,7 @@ class Interpreted:
         arguments = [q, k, v, table, lens, out]
         arguments += [lse] if spec.return_lse else []
         arguments += [k_scale, v_scale] if k_scale is not None else []
+        arguments += [sinks] if spec.sinks else []
         arguments += [partial, partial_lse, self.counters, scale * math.log2(math.e), q.shape[0], PARTITIONS]
         arguments += [q.stride(0), q.stride(1), out.stride(0), out.stride(1)]
         arguments += [

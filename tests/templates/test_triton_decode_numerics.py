@@ -30,6 +30,23 @@ CASES = {
         {"heads": (4, 2), "head_dim": 64, "block_size": 64, "kv": "fp8_e4m3"},
         {"fp8_decode": "plain", "split": "even"},
     ),
+    "window": ({"heads": (4, 2), "head_dim": 64, "window": 70, "lse": True}, {"tile": 32}),
+    "window-even-sinks": (
+        {"heads": (4, 1), "head_dim": 64, "block_size": 8, "window": 300, "sinks": True, "lse": True},
+        {"tile": 32, "split": "even", "sums": "dot"},
+    ),
+    "window1": ({"heads": (2, 1), "head_dim": 32, "block_size": 1, "window": 1}, {"tile": 16}),
+    "soft-cap-sinks-e4m3": (
+        {
+            "heads": (4, 2),
+            "head_dim": 64,
+            "kv": "fp8_e4m3",
+            "logits_soft_cap": 30.0,
+            "sinks": True,
+            "lse": True,
+        },
+        {"fp8_decode": "plain", "sums": "dot"},
+    ),
     "rows-for-wgmma": ({"heads": (20, 1), "head_dim": 64}, {"rows": 64, "sums": "dot"}),
     "e5m2": ({"heads": (2, 1), "head_dim": 64, "block_size": 32, "kv": "fp8_e5m2"}, {"fp8_decode": "plain"}),
     "e4m3-block48": (

@@ -1,0 +1,85 @@
+"""What a call's lengths and block table must be, checked on the host: for finding mistakes, not for serving.
+
+Kernels read both on the device, where nothing can be raised: an id outside the pool is read as an address.
+``PAGEDGEN_CHECK_LENGTHS=1`` has every call of ``Attention`` checked first, which synchronises and takes
+longer than the call; while a CUDA graph is captured nothing can be read, and nothing is checked.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+
+import torch
+
+from pagedgen.errors import ArgumentError
+
+VARIABLE = "PAGEDGEN_CHECK_LENGTHS"
+
+
+def checks_wanted() -> bool:
+    """Whether the environment asks for the checks.
+
+    Raises:
+        ArgumentError: it says neither 0 nor 1.
+    """
+    text = os.environ.get(VARIABLE, "0")
+    if text not in ("0", "1"):
+        raise ArgumentError(f"{VARIABLE} = {text!r}: 0 or 1 is allowed")
+    return text == "1"
+
+
+def check_lengths(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    *,
+    num_tokens: int,
+    num_blocks: int,
+    block_size: int,
+    max_seq_len: int,
+    window: int | None = None,
+) -> None:
+    """Read lengths and block ids back to the host and check them.
+
+    Args:
+        block_table, seq_lens, cu_seqlens_q: as a call takes them; without ``cu_seqlens_q`` a decode.
+        num_tokens: rows of q.
+        num_blocks, block_size: of the pool.
+        max_seq_len: the call's bound.
+        window: the spec's; blocks that it has left behind are not looked at.
+
+    Raises:
+        ArgumentError: names the argument, the sequence, the value and what is allowed.
+    """
+    if seq_lens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    lens: list[int] = seq_lens.tolist()
+    if cu_seqlens_q is None:
+        new = [min(1, length) for length in lens]
+    else:
+        ends: list[int] = cu_seqlens_q.tolist()
+        if ends[0] < 0 or ends[-1] > num_tokens:
+            raise ArgumentError(
+                f"cu_seqlens_q = {ends[0]} … {ends[-1]}: 0 to {num_tokens}, the rows of q, is allowed"
+            )
+        new = [end - first for first, end in pairwise(ends)]
+    rows: list[list[int]] = block_table.tolist()
+    for seq, (length, queries) in enumerate(zip(lens, new, strict=True)):
+        if not 0 <= length <= max_seq_len:
+            raise ArgumentError(f"seq_lens[{seq}] = {length}: 0 to max_seq_len ({max_seq_len}) is allowed")
+        if queries < 0:
+            raise ArgumentError(f"cu_seqlens_q[{seq + 1}] = {ends[seq + 1]}: {ends[seq]} or more is allowed")
+        if queries > length:
+            raise ArgumentError(
+                f"cu_seqlens_q[{seq + 1}] = {ends[seq + 1]}: {queries} queries of sequence {seq}, whose "
+                f"seq_len is {length}: at most as many are allowed"
+            )
+        if not queries:
+            continue
+        first = 0 if window is None else max(0, length - queries - window + 1)
+        for i in range(first // block_size, -(-length // block_size)):
+            if not 0 <= rows[seq][i] < num_blocks:
+                raise ArgumentError(
+                    f"block_table[{seq}, {i}] = {rows[seq][i]}: 0 to {num_blocks - 1} is allowed"
+                )

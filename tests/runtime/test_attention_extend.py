@@ -1,0 +1,191 @@
+"""``Attention`` with several operators: which library a call goes to, and with what.
+
+The libraries are real ones of made-up GPU kernels; their functions are replaced by the reference, on the CPU.
+That extend kernels compute attention is shown by the gate (tests/templates, tests/gpu).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pagedgen.compiler.build import Choice, build
+from pagedgen.compiler.verify import Inputs, judge, make_inputs, query_ranges, reference
+from pagedgen.errors import ArgumentError, SpecNotInPack
+from pagedgen.runtime import ops
+from pagedgen.runtime.attention import Attention
+from pagedgen.runtime.lengths import VARIABLE
+from pagedgen.runtime.pack import open_pack
+from pagedgen.values.manifest import Rule
+
+SHAPE = {"head_dim": 64, "heads": (8, 2)}
+LENS, QUERIES = (50, 17, 0, 33), (20, 1, 0, 33)
+
+
+@pytest.fixture(scope="module")
+def pack_of(make_spec, gpu_binary, tmp_path_factory):
+    def make(*specs):
+        choices = [Choice((gpu_binary(spec),), (Rule(2**31 - 1, 2**31 - 1, 0),), ()) for spec in specs]
+        return Attention(open_pack(build(choices, tmp_path_factory.mktemp("packs") / "gpu.pack")))
+
+    return make
+
+
+@pytest.fixture
+def served(pack_of, make_spec):
+    """A pack of both operators, extend with and without LSE and sinks; every call is written down."""
+    decode, plain = make_spec(**SHAPE), make_spec(**SHAPE, op="extend")
+    lse, sinks = make_spec(**SHAPE, op="extend", lse=True), make_spec(**SHAPE, op="extend", sinks=True)
+    attention, calls = pack_of(decode, plain, lse, sinks), []
+    for kernel in attention._kernels.values():
+
+        def call(*arguments, spec=kernel.spec):
+            calls.append((spec, arguments))
+            if spec.op == "decode":
+                return
+            q, k, v, table, lens, ends, out, lse, scale, k_scale, v_scale, workspace, most, variant, *more = (
+                arguments
+            )
+            assert variant == -1 and workspace.dtype == torch.uint8
+            inputs = Inputs(
+                q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, more[0] if more else None
+            )
+            want, want_lse, _ = reference(spec, inputs)
+            for first, end in query_ranges(spec, inputs):
+                out[first:end] = want[first:end].to(out.dtype)
+                if lse is not None:
+                    lse[first:end] = want_lse[first:end].float()
+
+        kernel.call = call
+    return attention, calls, (decode, plain, lse, sinks)
+
+
+def extend(attention, inputs, **more):
+    return attention.extend(
+        inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q, **more
+    )
+
+
+def test_the_tensors_pick_the_kernel(served):
+    attention, calls, (decode, plain, lse, sinks) = served
+    for spec in (plain, lse, sinks):
+        inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+        more = {"lse": inputs.lse} if spec is lse else {"sinks": inputs.sinks} if spec is sinks else {}
+        result = extend(attention, inputs, out=inputs.out, **more)
+        assert calls[-1][0] == spec
+        assert judge(spec, inputs)[2] == ""
+        assert result[0] is inputs.out if spec is lse else result is inputs.out
+    inputs = make_inputs(decode, LENS)
+    attention.decode(inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens)
+    assert calls[-1][0] == decode and len(calls[-1][1]) == 13
+
+
+def test_defaults_are_filled_in(served):
+    attention, calls, (_, plain, lse, _) = served
+    inputs = make_inputs(plain, LENS, query_lens=QUERIES)
+    out = extend(attention, inputs)
+    assert out.shape == inputs.q.shape and out.dtype == inputs.q.dtype
+    arguments = calls[-1][1]
+    assert arguments[8] == 64**-0.5 and arguments[12] == inputs.block_table.shape[1] * 16
+    out, sums = extend(attention, inputs, spec=lse)
+    assert sums.shape == inputs.q.shape[:2] and sums.dtype == torch.float32
+
+
+def test_an_only_kernel_of_its_operator_is_taken_and_checks_by_itself(pack_of, make_spec):
+    plain = make_spec(**SHAPE, op="extend")
+    attention = pack_of(make_spec(**SHAPE), plain)
+    inputs = make_inputs(plain, LENS, query_lens=QUERIES)
+    with pytest.raises(ArgumentError, match=r"q\.device = cpu:0: a cuda device is expected"):
+        extend(attention, inputs)
+    with pytest.raises(
+        ArgumentError, match="sinks: None is expected, since extend-h64-q8-kv2-b16-f16 has none"
+    ):
+        extend(attention, inputs, sinks=torch.zeros(8))
+    with pytest.raises(ArgumentError, match=r"block_table\.shape = \[4\]: rank 2 is expected"):
+        attention.extend(inputs.q, inputs.k, inputs.v, inputs.seq_lens, inputs.seq_lens, inputs.cu_seqlens_q)
+
+
+def test_what_the_pack_does_not_have(served, pack_of, make_spec):
+    attention, _, (decode, plain, *_) = served
+    inputs = make_inputs(plain, LENS, query_lens=QUERIES)
+    with pytest.raises(SpecNotInPack, match=f"spec = {decode.name}: a spec of extend is expected"):
+        extend(attention, inputs, spec=decode)
+    other = make_inputs(make_spec(head_dim=32, heads=(8, 2), op="extend"), LENS, query_lens=QUERIES)
+    with pytest.raises(SpecNotInPack, match=r"q float16 \[57, 8, 32\].*: no kernel fits; the pack holds"):
+        extend(attention, other)
+    with pytest.raises(ArgumentError, match=r"rank 3 is expected, .num_tokens, num_q_heads, head_dim"):
+        attention.extend(
+            inputs.q[0], *(inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.seq_lens)
+        )
+    decodes = pack_of(decode)
+    with pytest.raises(SpecNotInPack, match=f"extend: the pack holds {decode.name}"):
+        extend(decodes, inputs)
+
+
+def test_the_operator_compiles_into_one_graph(served):
+    attention, _, (_, plain, _, sinks) = served
+    operator = ops.bind_extend(attention)
+
+    def layer(q, k, v, table, lens, ends, sinks):
+        return operator(q * 2, k, v, table, lens, ends, softmax_scale=0.1, sinks=sinks) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for spec in (plain, sinks):
+        inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+        tensors = (inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q)
+        want = torch.zeros_like(inputs.q)
+        attention.extend(inputs.q * 2, *tensors, out=want, softmax_scale=0.1, sinks=inputs.sinks)
+        assert not want[-3:].any() and want[:-3].any()  # padding rows are zeros
+        assert torch.equal(layer(inputs.q, *tensors, inputs.sinks), want + 1)
+        assert torch.equal(compiled(inputs.q, *tensors, inputs.sinks), want + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cu_seqlens_q", [0, 20, 19, 21, 54], r"cu_seqlens_q\[2\] = 19: 20 or more is allowed"),
+        (
+            "cu_seqlens_q",
+            [0, 20, 21, 22, 54],
+            r"cu_seqlens_q\[3\] = 22: 1 queries of sequence 2, whose seq_len is 0",
+        ),
+        ("cu_seqlens_q", [0, 20, 21, 21, 58], "cu_seqlens_q = 0 … 58: 0 to 57, the rows of q, is allowed"),
+        ("cu_seqlens_q", [-1, 20, 21, 21, 54], "cu_seqlens_q = -1 … 54: 0 to 57"),
+        ("seq_lens", [50, 17, -1, 33], r"seq_lens\[2\] = -1: 0 to max_seq_len \(64\) is allowed"),
+        ("seq_lens", [65, 17, 0, 33], r"seq_lens\[0\] = 65: 0 to max_seq_len"),
+        ("block_table", [[0, 1, 2, 12]] + [[0] * 4] * 3, r"block_table\[0, 3\] = 12: 0 to 11 is allowed"),
+        ("block_table", [[0] * 4, [0, -1, 0, 0], [0] * 4, [0] * 4], r"block_table\[1, 1\] = -1: 0 to 11"),
+    ],
+)
+def test_lengths_are_checked_where_it_is_asked_for(pack_of, make_spec, monkeypatch, name, value, message):
+    monkeypatch.setenv(VARIABLE, "1")
+    spec = make_spec(**SHAPE, op="extend")
+    attention, calls = pack_of(spec), []
+    attention.kernel(spec).call = lambda *arguments: calls.append(arguments)
+    inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+    assert inputs.k.shape[0] == 12 and inputs.q.shape[0] == 57
+    extend(attention, inputs)
+    assert len(calls) == 1
+    setting = {name: torch.tensor(value, dtype=torch.int32)}
+    with pytest.raises(ArgumentError, match=message):
+        extend(attention, replace(inputs, **setting))
+    assert len(calls) == 1
+
+
+def test_lengths_are_not_read_unless_asked_for(pack_of, make_spec, monkeypatch):
+    spec = make_spec(**SHAPE)
+    attention, calls = pack_of(spec), []
+    attention.kernel(spec).call = lambda *arguments: calls.append(arguments)
+    inputs = make_inputs(spec, (5, 9))
+    inputs.seq_lens[1] = 10_000
+    attention.decode(inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens)
+    assert len(calls) == 1
+    monkeypatch.setenv(VARIABLE, "1")
+    checking = Attention(attention.pack)
+    with pytest.raises(ArgumentError, match=r"seq_lens\[1\] = 10000: 0 to max_seq_len \(16\) is allowed"):
+        checking.decode(inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens)
+    monkeypatch.setenv(VARIABLE, "yes")
+    with pytest.raises(ArgumentError, match=f"{VARIABLE} = 'yes': 0 or 1 is allowed"):
+        Attention(attention.pack)
