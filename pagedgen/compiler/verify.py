@@ -317,7 +317,7 @@ def cases_of(spec: KernelSpec, seed: int) -> tuple[Case, ...]:
             Case(many, "nhd"),
         ]
     else:
-        chunks = tuple(draw.randrange(n) if draw.random() < 0.3 else min(1, n) for n in many)
+        chunks = tuple(draw.randint(0, n) if draw.random() < 0.3 else min(1, n) for n in many)
         cases = [
             Case(edges, "nhd", query_lens=tuple(n if n <= 400 else 150 for n in edges)),
             Case((4097, 1, 0, 515 + draw.randrange(200), 900), "hnd", query_lens=(130, 1, 0, 77, 0)),

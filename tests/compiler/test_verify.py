@@ -119,6 +119,14 @@ def test_cases_cover_the_edges_of_a_block(make_spec):
     assert max(len(case.seq_lens) for case in cases_of(make_spec(), 0)) > 128
 
 
+def test_every_seed_makes_cases_whose_queries_fit(make_spec):
+    for seed in range(200):
+        for case in cases_of(make_spec(op="extend"), seed):
+            assert all(
+                0 <= q <= n for q, n in zip(case.query_lens or case.seq_lens, case.seq_lens, strict=True)
+            )
+
+
 def test_judge_reports_the_worst_error(make_spec):
     spec = make_spec(head_dim=32, heads=(2, 1))
     inputs = make_inputs(spec, (5,), seed=0)

@@ -14,7 +14,7 @@ import torch
 from gpu.decode_grid import build_one, specs
 
 from pagedgen import load
-from pagedgen.autotune.suites.decode_gpu import grid
+from pagedgen.autotune.suites.decode_gpu import grid, spec_of
 from pagedgen.compiler.verify import gate
 from pagedgen.values.spec import KernelSpec
 
@@ -94,7 +94,7 @@ def test_workload_of_more_than_two_gib_of_elements():
     """Offsets are 64-bit where a pool passes 2^31 elements."""
     if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
         pytest.skip("needs 24 GiB of GPU memory")
-    spec = next(spec for spec in SPECS if spec.block_size == 16)
+    spec = spec_of()
     with tempfile.TemporaryDirectory() as folder:
         build_one((spec, NAMES[torch.cuda.get_device_capability()], "both", Path(folder)))
         attention = load(Path(folder) / f"{spec.name}.pack")
