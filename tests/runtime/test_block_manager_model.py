@@ -387,7 +387,7 @@ class World:
         calls = [
             lambda: self.manager.free(-1),
             lambda: self.manager.free(1 << 40),
-            lambda: self.manager.append_step([12345], [1]),
+            lambda: self.manager.append_step([1 << 40], [1]),  # 12345 comes to life after 90,000 operations
             lambda: self.manager.allocate([]),
             lambda: self.manager.allocate([1] * (self.max_len + 1)),
             lambda: self.manager.allocate([1, -1]),
