@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pagedgen.autotune.search import Outcome
+from pagedgen.autotune.outcome import Outcome
 from pagedgen.values.spec import KernelSpec
 
 

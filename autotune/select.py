@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pagedgen.errors import InvalidValue
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Status
-from pagedgen.values.schedule import Schedule
+from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.workload import Workload
 
 WORST_REGRET = 0.02
+NOISE = 0.003  # in mean regret, between equals: medians of a run's finalists repeat to about that
 ANY = 2**31 - 1  # a rule with this bound holds for every call
 EXHAUSTIVE = 50_000  # subsets tried before the greedy cover takes over
 
@@ -63,12 +64,14 @@ def select(
     times: Mapping[Schedule, Mapping[Workload, float]],
     status: Status = Status.MEASURED,
     worst_regret: float = WORST_REGRET,
+    defaults: Mapping[str, Choice] | None = None,
 ) -> Selection:
     """The smallest set of schedules whose worst regret under its own dispatch table is at most the bound.
 
     A call is known by (num_seqs, bound on seq_len) alone, so workloads that share both share a pick; where
     such workloads disagree by more than the bound, the best compromise stands in for it. Among equally small
-    sets the one with the least mean regret wins, then the one that comes first in ``times``.
+    sets the one with the least mean regret wins, where several differ by no more than the noise the one with
+    the fewest choices unlike ``defaults``, then the one that comes first in ``times``.
 
     ``times[schedule][workload]`` is in microseconds; every schedule has every workload.
 
@@ -86,7 +89,8 @@ def select(
     # regret[s][c]: the worst of schedule s in cell c
     regret = [[max(times[s][w] / best[w] - 1 for w in cell) for cell in cells.values()] for s in schedules]
     allowed = [max(worst_regret, min(row[c] for row in regret)) for c in range(len(cells))]
-    chosen = _smallest(regret, allowed)
+    unlike = [sum((defaults or {}).get(k, v) != v for k, v in s.choices) for s in schedules]
+    chosen = _smallest(regret, allowed, unlike)
     picks = {cell: min(chosen, key=lambda s: (regret[s][c], s)) for c, cell in enumerate(cells)}
     used = sorted(set(picks.values()), key=lambda s: (-sum(p == s for p in picks.values()), s))
     rules = _rules({cell: used.index(s) for cell, s in picks.items()})
@@ -111,14 +115,16 @@ def _check(
                 )
 
 
-def _smallest(regret: Sequence[Sequence[float]], allowed: Sequence[float]) -> tuple[int, ...]:
+def _smallest(
+    regret: Sequence[Sequence[float]], allowed: Sequence[float], unlike: Sequence[int]
+) -> tuple[int, ...]:
     """Indices of the smallest subset that keeps every cell within its bound."""
     cells = range(len(allowed))
     covers = [frozenset(c for c in cells if row[c] <= allowed[c]) for row in regret]
     candidates = [s for s, cover in enumerate(covers) if cover]
 
     def mean(subset: tuple[int, ...]) -> float:
-        return sum(min(regret[s][c] for s in subset) for c in cells)
+        return sum(min(regret[s][c] for s in subset) for c in cells) / len(cells)
 
     for size in range(1, len(candidates) + 1):
         if math.comb(len(candidates), size) > EXHAUSTIVE:
@@ -129,7 +135,10 @@ def _smallest(regret: Sequence[Sequence[float]], allowed: Sequence[float]) -> tu
             if len(frozenset().union(*(covers[s] for s in subset))) == len(allowed)
         ]
         if valid:
-            return min(valid, key=mean)
+            means = {subset: mean(subset) for subset in valid}
+            level = min(means.values()) + NOISE
+            even = [subset for subset in valid if means[subset] <= level]
+            return min(even, key=lambda subset: (sum(unlike[s] for s in subset), means[subset]))
     chosen: tuple[int, ...] = ()
     missing = set(cells)
     while missing:  # greedy set cover: at most ln(cells) times larger than the smallest

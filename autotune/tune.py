@@ -1,10 +1,10 @@
 """The tune driver: spec × target × workloads → records and a selection.
 
 Where the target's device is present: candidates are rendered, compiled in parallel, linked into one library a
-batch, gated and timed in a worker process, searched by TPE; the finalists are gated again on fresh inputs and
-timed together on every workload, and from that matrix the selection is made. Where it is absent: candidates
-are rendered, compiled for the architecture, filtered by what the binaries really use, and ranked by the cost
-model; the records say ``predicted``.
+batch, gated and timed in a worker process, searched by Optuna; the finalists are gated again on fresh inputs
+and timed together on every workload, and from that matrix the selection is made. Where it is absent:
+candidates are rendered, compiled for the architecture, filtered by what the binaries really use, and ranked
+by the cost model; the records say ``predicted``.
 
 A run that is killed continues from the records and binaries it left.
 """
@@ -27,28 +27,39 @@ from pagedgen.autotune.database import Database, Entry, Fit, Found, fit
 from pagedgen.autotune.device import device_of, stamp_of
 from pagedgen.autotune.events import Progress, Started, Step, Tried, Warned, silent
 from pagedgen.autotune.gating import verdict_on
-from pagedgen.autotune.measure import Verified, device_name, measure, pin
+from pagedgen.autotune.grid import Grid
+from pagedgen.autotune.ledger import Ledger, Place
+from pagedgen.autotune.measure import Verified, device_name, device_works, measure, pin
+from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.race import race
 from pagedgen.autotune.roofline import Bandwidth, bandwidth
-from pagedgen.autotune.search import Outcome, Stop, search
+from pagedgen.autotune.search import Stop, search
 from pagedgen.autotune.select import Selection, select
-from pagedgen.autotune.worker import Pool, Worker, WorkerLost
+from pagedgen.autotune.warm import guesses
+from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
 from pagedgen.compiler.compile import compiler_version
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import family_for, template_hash
 from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
-from pagedgen.errors import CacheUnwritable, InvalidValue, NoCandidate
+from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate, RecordConflict
+from pagedgen.values.codec import content_hash
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
-from pagedgen.values.schedule import Schedule
+from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
+DEVICE_S = 60.0  # for a device to answer anything at all
 MEASURE_S = 300.0  # limit in a worker; a sampling rarely takes more than 10 s
-RANKED = 4096  # schedules the model ranks at most, a random subset of larger spaces
+RANKED = 16384  # schedules the model ranks at most, a random subset of larger spaces
+PROMISING = 0.5  # share of the space that the model keeps: it ranks, it does not know
+AUDIT = 0.1  # share of the rest that is kept whatever the model says, to find out where it is wrong
+SKEWED = 4.0  # the longest sequence of a batch over the mean, from which on balance is what counts
 SEARCHED = 3  # workloads that candidates are timed on while searching; finalists meet all of them
+SIMPLER = 4  # variants of the winner, each with one choice brought back to its default, among the finalists
+FAVOURITES = 2  # of the model's, tried first
 ENOUGH = 0.97  # share of what the memory can deliver at which the search ends
 RESERVED = 0.25  # share of the budget that is kept for the finalists
 
@@ -116,6 +127,7 @@ class TuneResult:
     roofline_gbs: float  # 0 in a prediction
     seconds: float
     path: Path | None
+    outcomes: tuple[Outcome, ...] = ()  # of every schedule tried, with what was known; none in a prediction
 
     def chosen(self, workload: Workload) -> Record:
         """The record of the selection's pick for a workload that was tuned for."""
@@ -166,6 +178,8 @@ def tune(
     database: Database | None = None,
     progress: Progress = silent,
     workshop: Workshop | None = None,
+    storage: str | None = None,
+    study: str | None = None,
 ) -> TuneResult:
     """Find, prove and record the fastest kernels of a spec on a target.
 
@@ -178,12 +192,17 @@ def tune(
         database: where records are kept; the user's cache over the shipped one by default.
         progress: is given every event.
         workshop: processes to use and leave running; by default they last for this call.
+        storage: a database's URL or a journal file's path: the search is shared with whoever was given the
+            same, and continues what is there. A prediction has nothing to share.
+        study: the study's name there; by default made of spec, target, device and versions.
 
     Raises:
         InvalidValue: no workload, an unknown effort, a budget that is not positive.
         Unsupported: no template covers the spec on this target.
         NoCandidate: nothing was legal, compiled and correct; says what happened to how many.
         ToolMissing, HostCompilerMissing: a compiler is not installed.
+        DeviceLost: the device stopped answering; what was measured before is on record.
+        StudyUnreachable, StudyForeign, MalformedFile: the shared study, see :class:`Ledger`.
     """
     begin = time.monotonic()
     if effort not in list(Effort):
@@ -198,7 +217,7 @@ def tune(
     if not distinct:
         raise InvalidValue("workloads", [w.name for w in workloads], "at least one token to attend to")
     present = device_of(target).present
-    run = _Run(spec, target, distinct, plan, seed, database or Database(), progress, present)
+    run = _Run(spec, target, distinct, plan, seed, database or Database(), progress, present, storage, study)
     run.start(budget_s)
     if workshop is not None:
         return run.finish(workshop, begin, begin + budget_s)
@@ -219,6 +238,8 @@ class _Run:
         database: Database,
         progress: Progress,
         present: bool,
+        storage: str | None,
+        study: str | None,
     ) -> None:
         self.spec, self.target, self.workloads, self.plan, self.seed = spec, target, workloads, plan, seed
         self.database, self.tell, self.present = database, progress, present
@@ -226,7 +247,10 @@ class _Run:
         template = template_hash(family_for(spec, target))
         self.stamp: Stamp = stamp_of(target, template, compiler_version(target.kind), measured=present)
         self.found: Found | None = database.find(spec, target.name, self.stamp)
-        self.searched = spread(workloads, SEARCHED)
+        self.searched = regimes(workloads)
+        identity = self._identity()
+        name = study or f"{spec.name} on {target.name}, {content_hash(tuple(identity.values()))[:8]}"
+        self.place = Place(storage, name) if storage is not None else None
         self.device = device_name(target.kind)
         self.bandwidth = Bandwidth(0.0, 0.0)
         self.rejected: list[Rejection] = []
@@ -238,8 +262,11 @@ class _Run:
         self.best_us: float | None = None
         self.done = 0
         self.path: Path | None = None
+        self.simplify = False
+        self.outcomes: tuple[Outcome, ...] = ()
         self.warned = False  # that records are not kept
         self.known = tuple(self._known())
+        self._predictions: dict[tuple[Schedule, Workload], float] = {}
 
     def start(self, budget_s: float) -> None:
         trials = min(self.plan.trials if self.present else self.plan.finalists, len(self.space))
@@ -274,77 +301,128 @@ class _Run:
             self.bandwidth.read_gbs,
             time.monotonic() - begin,
             self.path,
+            self.outcomes,
         )
 
     # ---- the device is present ----
 
     def _measured(self, begin: float, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
-        worker = self.workshop.worker
-        self.bandwidth = worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
+        self.bandwidth = self._read_rate()
         limit = self.bandwidth.limit_gbs
         enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
-        self.done = len(self.known)
-        timed = [o for o in self.known if o.time_us is not None]
-        if timed:
-            best = min(timed, key=lambda o: o.time_us or math.inf)
-            self.anchor, self.best_us = (best.schedule, best.time_us or 0.0), best.time_us
-        trials = self.plan.trials - len(self.known)
-        stop, outcomes = Stop.TRIALS, self.known
-        if trials > 0:
-            found = search(
-                self.space,
-                self._evaluate,
-                trials=trials,
-                batch=self.plan.batch,
-                seed=self.seed,
-                start=self._start(),
-                known=self.known,
-                enough_us=enough,
-                deadline=begin + (deadline - begin) * (1 - RESERVED),
-            )
-            stop, outcomes = found.stop, found.outcomes
-        records = self._final(self._finalists(outcomes))
+        self._level_with(self.known)
+        with Ledger(Grid(self.space), self.place, self._identity()) as ledger:
+            self.ledger = ledger
+            ledger.preload(self.known)
+            stop, outcomes = Stop.TRIALS, ledger.outcomes()
+            trials = self.plan.trials - (len(outcomes) - ledger.evaluated())
+            if trials > 0:
+                ranked = self._ranked()
+                found = search(
+                    pruned(ranked, self.plan.trials, self.spec.name),
+                    self._evaluate,
+                    trials=trials,
+                    batch=self.plan.batch,
+                    seed=self.seed,
+                    start=self._start(ranked),
+                    predicted=ranked,
+                    enough_us=enough,
+                    deadline=begin + (deadline - begin) * (1 - RESERVED),
+                    ledger=ledger,
+                )
+                stop, outcomes = found.stop, found.outcomes
+            self.outcomes = outcomes
+            self._adopt(outcomes)
+            # a run that tried nothing new, or has no time, does not try simpler ones either
+            self.simplify = trials > 0 and stop is not Stop.BUDGET
+            records = self._finals(ledger, outcomes)
         if not records:
             raise NoCandidate(self._why_nothing())
         times: dict[Schedule, dict[Workload, float]] = {}
         for record in records:
             times.setdefault(record.schedule, {})[record.workload] = record.time_us
-        return select(times), records, stop
+        return select(times, defaults=self._defaults()), records, stop
+
+    def _identity(self) -> dict[str, str]:
+        """What every worker of a study has to agree on."""
+        return {
+            "spec": self.spec.name,
+            "target": self.target.name,
+            "template": self.stamp.template,
+            "compiler": self.stamp.compiler,
+            "device": self.stamp.device,
+            "workloads": content_hash(self.searched),
+        }
+
+    def _level_with(self, outcomes: Iterable[Outcome]) -> None:
+        """Put this device's clock on that of the best outcome so far: it is timed in every batch."""
+        best = min(
+            (o for o in outcomes if o.time_us is not None), key=lambda o: o.time_us or 0.0, default=None
+        )
+        if self.anchor is None and best is not None:
+            self.anchor, self.best_us = (best.schedule, best.time_us or 0.0), best.time_us
+
+    def _adopt(self, outcomes: Iterable[Outcome]) -> None:
+        """Keep what other workers of the study measured, as if it had been measured here."""
+        others = []
+        for outcome in outcomes:
+            for record in outcome.records:
+                if (record.schedule, record.workload) not in self.records:
+                    self.records[record.schedule, record.workload] = record
+                    others.append(record)
+        if self.place is not None:
+            self._keep(others, None)
+
+    def _finals(self, ledger: Ledger, outcomes: Sequence[Outcome]) -> tuple[Record, ...]:
+        """The finalists' matrix, timed by one worker of the study and read by the others."""
+        with ledger.last_act() as act:
+            if act.mine:
+                act.result = self._final(self._finalists(outcomes))
+            elif act.result:
+                self.bandwidth = Bandwidth(act.result[0].roofline_gbs, act.result[0].roofline_gbs)
+        return act.result
 
     def _known(self) -> Iterable[Outcome]:
         """Schedules on record for exactly this device and these versions, on the searched workloads."""
         if self.found is None or not self.present:
             return
-        times: dict[Schedule, dict[tuple[int, ...], float]] = {}
+        times: dict[Schedule, dict[tuple[int, ...], Record]] = {}
         legal = set(self.space)
         for record in self.found.entry.records:
             exact = record.status is Status.MEASURED and fit(record.stamp, self.stamp) is Fit.EXACT
             if exact and record.schedule in legal:
-                times.setdefault(record.schedule, {})[record.workload.seq_lens] = record.time_us
+                times.setdefault(record.schedule, {})[record.workload.seq_lens] = record
         for schedule, row in times.items():
             if all(w.seq_lens in row for w in self.searched):
-                yield Outcome(schedule, geometric_mean([row[w.seq_lens] for w in self.searched]))
+                mean = geometric_mean([row[w.seq_lens].time_us for w in self.searched])
+                yield Outcome(schedule, mean, records=tuple(row[w.seq_lens] for w in self.searched))
 
-    def _start(self) -> list[Schedule]:
-        """Tried first: the default, what was chosen before for this spec, and the model's favourites."""
-        legal = set(self.space)
+    def _start(self, ranked: Mapping[Schedule, float]) -> list[Schedule]:
+        """Tried first: the default, what won before and elsewhere, and the model's favourites."""
         start = [default_schedule(self.spec, self.target)]
-        if self.found is not None and self.found.entry.selection is not None:
-            start += [s for s in self.found.entry.selection.variants if s in legal]
-        start += self._ranked()[: self.plan.batch // 2]
+        start += guesses(self.database, self.spec, self.target, self.space)
+        start += list(ranked)[:FAVOURITES]
         return list(dict.fromkeys(start))
 
-    def _ranked(self) -> list[Schedule]:
-        """Schedules by the model's time over the workloads, fastest first."""
-        draw = random.Random(self.seed)
-        pool = self.space if len(self.space) <= RANKED else draw.sample(self.space, RANKED)
-        return sorted(pool, key=lambda s: geometric_mean([self._predict(s, w) for w in self.searched]))
+    def _ranked(self) -> dict[Schedule, float]:
+        """Schedules and the model's time over the searched workloads, fastest first."""
+        pool: Sequence[Schedule] = self.space
+        if len(pool) > RANKED:  # the same ones in every worker of a study
+            pool = random.Random(self.spec.name).sample(self.space, RANKED)
+        times = {s: geometric_mean([self._predict(s, w) for w in self.searched]) for s in pool}
+        return dict(sorted(times.items(), key=lambda item: item[1]))
 
     def _predict(self, schedule: Schedule, workload: Workload) -> float:
         return predict(self.spec, self.target, schedule, workload).time_us
 
+    def _defaults(self) -> dict[str, Choice]:
+        """Each field's default: what a choice between equals comes down to."""
+        return dict(default_schedule(self.spec, self.target).choices)
+
     def _evaluate(self, batch: tuple[Schedule, ...]) -> list[Outcome]:
         """One batch through compile, link, gate and the race."""
+        if self.anchor is None and self.ledger.shared:
+            self._level_with(self.ledger.outcomes())
         anchor = self.anchor[0] if self.anchor else None
         wanted = batch if anchor is None or anchor in batch else (anchor, *batch)
         reasons: dict[Schedule, str] = {}
@@ -359,16 +437,19 @@ class _Run:
         elif scores and self.anchor is None:
             best = min(scores, key=lambda s: scores[s])
             self.anchor = (best, scores[best])
-        records = []
+        records: list[Record] = []
         for schedule in batch:
             if schedule in scores:
-                outcomes.append(Outcome(schedule, scores[schedule] * level))
-                for workload, timing in raced[schedule].items():
-                    records.append(self._record(schedule, workload, timing, self.verdicts[schedule]))
+                row = tuple(
+                    self._record(schedule, workload, timing, self.verdicts[schedule])
+                    for workload, timing in raced[schedule].items()
+                )
+                outcomes.append(Outcome(schedule, scores[schedule] * level, records=row))
+                records += row
             else:
                 outcomes.append(Outcome(schedule, None, reasons[schedule]))
         self._keep(records, None)
-        self.done += len(batch)
+        self.done = len(self.ledger.outcomes()) + len(batch)
         times = [o.time_us for o in outcomes if o.time_us is not None]
         self.best_us = min([*times, *([self.best_us] if self.best_us else [])], default=None)
         share = None
@@ -425,6 +506,7 @@ class _Run:
             if verdict.passed:
                 verified.append(Verified(variant, schedule, verdict))
             else:
+                self._check_device()
                 self._reject(schedule, "gate", verdict.reason, reasons)
             self.tell(Step("gate", variant + 1, len(schedules)))
         return verified, library
@@ -496,11 +578,45 @@ class _Run:
                 timeout_s=MEASURE_S,
             )
         except WorkerLost as lost:
+            self._check_device()
             if lost.last not in names:
                 raise  # it died before any candidate ran: not theirs to pay for
             return {names[int(str(lost.last))]: lost.reason}
         result.update({names[v]: times for v, times in samples.times.items()})
         return {names[v]: reason for v, reason in samples.failed.items()}
+
+    def _check_device(self) -> None:
+        """After a candidate died: was it the candidate, or is the device gone?
+
+        Raises:
+            DeviceLost: a fresh process cannot use the device either; nobody is charged with that.
+        """
+        if self.device == "cpu":
+            return
+        try:
+            self.workshop.worker.call(device_works, self.device, timeout_s=DEVICE_S)
+        except WorkerFailed:
+            self.workshop.worker.kill()  # the process may be what is broken: one more chance in a new one
+            try:
+                self.workshop.worker.call(device_works, self.device, timeout_s=DEVICE_S)
+            except (WorkerFailed, WorkerLost) as error:
+                raise self._lost(error) from error
+        except WorkerLost as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> DeviceLost:
+        kept = f"{len(self.records)} timings are kept in {self.path}" if self.path else "nothing was kept"
+        return DeviceLost(
+            f"{self.stamp.device} stopped answering ({error}); {kept}: the same command goes on from there"
+        )
+
+    def _read_rate(self) -> Bandwidth:
+        """The read bandwidth, now."""
+        try:
+            return self.workshop.worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
+        except (WorkerFailed, WorkerLost):
+            self._check_device()
+            raise
 
     def _finalists(self, outcomes: Sequence[Outcome]) -> list[Schedule]:
         """The fastest over all workloads, and each workload's own fastest."""
@@ -510,7 +626,20 @@ class _Run:
         for workload in self.searched:
             rows = [r for (s, w), r in self.records.items() if w == workload and s in legal]
             finalists += [r.schedule for r in sorted(rows, key=lambda r: r.time_us)[:1]]
+        if self.simplify:
+            finalists += self._simpler(finalists[:1])
         return list(dict.fromkeys(finalists))
+
+    def _simpler(self, best: Sequence[Schedule]) -> list[Schedule]:
+        """The best with one choice brought back to its default: as fast within the noise, it is preferred."""
+        defaults, legal = self._defaults(), set(self.space)
+        simpler = [
+            replace(s, choices=tuple((n, defaults[n] if n == name else v) for n, v in s.choices))
+            for s in best
+            for name, value in s.choices
+            if value != defaults[name]
+        ]
+        return [s for s in simpler if s in legal][:SIMPLER]
 
     def _final(self, finalists: Sequence[Schedule]) -> tuple[Record, ...]:
         """Gate again on fresh inputs, then time all together on every workload, no halving."""
@@ -518,9 +647,9 @@ class _Run:
         usable = self._compile(finalists, reasons)
         verified, library = self._gate(usable, self.seed + 1, reasons, again=True)
         rounds = (self.plan.final_rounds,)
-        before = self.workshop.worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
+        before = self._read_rate()
         raced = self._race(library, verified, self.workloads, rounds, reasons, None, "retime")
-        after = self.workshop.worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
+        after = self._read_rate()
         self.bandwidth = Bandwidth(
             (before.read_gbs + after.read_gbs) / 2, max(before.limit_gbs, after.limit_gbs)
         )
@@ -552,7 +681,7 @@ class _Run:
 
     def _predicted(self, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
         """The model's favourites that really compile for the architecture, as predictions."""
-        ranked = self._ranked()
+        ranked = list(self._ranked())
         usable: list[Schedule] = []
         stop = Stop.COMPILED
         tried = 0
@@ -594,7 +723,7 @@ class _Run:
             if (binary := self.binaries[schedule].binary) is not None
         )
         times = {s: {w: self._predict(s, w) for w in self.workloads} for s in usable}
-        return select(times, Status.PREDICTED), records, stop
+        return select(times, Status.PREDICTED, defaults=self._defaults()), records, stop
 
     # ---- both ----
 
@@ -609,7 +738,7 @@ class _Run:
         try:
             entry = Entry(self.spec, self.target.name, tuple(records), selection)
             self.path = self.database.save(entry)
-        except CacheUnwritable as error:
+        except (CacheUnwritable, RecordConflict) as error:
             self.path = None
             if not self.warned:
                 self.tell(Warned(f"records are not kept: {error}"))
@@ -624,12 +753,37 @@ class _Run:
         return f"{self.spec.name} on {self.target.name}: no candidate is left ({counted}{last})"
 
 
+def pruned(ranked: Mapping[Schedule, float], trials: int, seed: str) -> tuple[Schedule, ...]:
+    """The promising part of a ranking, ``trials`` at least, and a random tenth of the rest that audits it."""
+    order = list(ranked)
+    cut = max(math.ceil(PROMISING * len(order)), trials)
+    rest = order[cut:]
+    return (*order[:cut], *random.Random(seed).sample(rest, math.ceil(AUDIT * len(rest))))
+
+
 def spread(workloads: Sequence[Workload], count: int) -> tuple[Workload, ...]:
     """At most ``count`` workloads, evenly spaced among all by their number of tokens, ends included."""
     if len(workloads) <= count:
         return tuple(workloads)
     ordered = sorted(workloads, key=lambda w: (w.num_tokens, w.max_seq_len, w.name))
     return tuple(ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count))
+
+
+def regimes(workloads: Sequence[Workload]) -> tuple[Workload, ...]:
+    """What candidates are timed on: the least and the most tokens, and the most skewed or the middle batch.
+
+    A short batch is bound by latency, a long one by bytes, and one with a long sequence among short ones by
+    how it is shared out: a schedule that is good at two of them may be bad at the third.
+    """
+    chosen = spread(workloads, SEARCHED)
+    skewed = max(workloads, key=_skew)
+    if _skew(skewed) < SKEWED or skewed in chosen or len(chosen) < SEARCHED:
+        return chosen
+    return (chosen[0], skewed, chosen[-1])
+
+
+def _skew(workload: Workload) -> float:
+    return workload.max_seq_len * workload.num_seqs / workload.num_tokens
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -100,6 +100,29 @@ class OutputUnwritable(PagedgenError):
     """What a command was told to write cannot be written there: names the path and the cause."""
 
 
+class StudyUnreachable(PagedgenError):
+    """A shared study's storage does not answer, or cannot be written: names it and the cause."""
+
+    def __init__(self, storage: str, cause: str) -> None:
+        super().__init__(f"storage {storage}: {cause}")
+        self.storage, self.cause = storage, cause
+
+
+class StudyForeign(PagedgenError):
+    """The study of this name is about something else (spec, target, versions, workloads)."""
+
+    def __init__(self, name: str, field: str, stored: str, here: str) -> None:
+        super().__init__(
+            f"study {name!r}: {field} = {stored!r} there, {here!r} here; "
+            "take another name (--study), or delete that study"
+        )
+        self.name, self.field, self.stored, self.here = name, field, stored, here
+
+
+class DeviceLost(PagedgenError):
+    """The device stopped answering in the middle of a run; the message says what is kept."""
+
+
 class PackError(PagedgenError):
     """Base of what can be wrong with a pack."""
 

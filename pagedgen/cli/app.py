@@ -194,8 +194,33 @@ def tune(
         ),
     ] = None,
     seed: Seed = 0,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL|FILE",
+            help="Share the search with every worker that is given the same: a database "
+            "(postgresql+psycopg://user@host/db), or a journal file on one host.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The study's name in the storage. Default: made of spec, target, device and versions.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="PACK", help="Build a pack here as well.", rich_help_panel=OUTPUT)
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Draw history, importance of the fields and roofline here, as PNG.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -211,6 +236,7 @@ def tune(
       [b]pagedgen tune[/] --gpu a100 --model llama-3-8b --kv-dtype fp8_e4m3
       [b]pagedgen tune[/] --model ./config.json --tp 4 --kv-dtype bf16,fp8_e4m3
       [b]pagedgen tune[/] --head-dim 80 --budget 5m --json > tuned.json
+      [b]pagedgen tune[/] --storage postgresql+psycopg://tuner@db/studies     on every host alike
     """
     from pagedgen.cli.options import Job
     from pagedgen.cli.tune import run
@@ -230,7 +256,18 @@ def tune(
         k_inner=k_inner,
         lse=lse,
     )
-    run(job, trace=trace, effort=effort, budget=budget, seed=seed, out=out, as_json=json)
+    run(
+        job,
+        trace=trace,
+        effort=effort,
+        budget=budget,
+        seed=seed,
+        storage=storage,
+        study=study,
+        out=out,
+        plots=plots,
+        as_json=json,
+    )
 
 
 @app.command()
@@ -377,23 +414,64 @@ def explain(
     run(job, schedule=schedule, workload=workload, as_json=json)
 
 
+@app.command("predict-check")
+def predict_check(
+    source: Annotated[str, typer.Option("--from", metavar="NAME", help="Processor that is known.")],
+    goal: Annotated[str, typer.Option("--to", metavar="NAME", help="Processor that is picked for.")],
+    json: Json = False,
+) -> None:
+    """How good are predictions for a processor that is not here? Pick for it from another one's records.
+
+    The cost model is calibrated on what was measured on the one, picks a schedule of each spec for the other,
+    and the pick is held against the best that was measured there: its regret is how much slower it is.
+
+    \b
+      [b]pagedgen predict-check[/] --from h100 --to h200
+    """
+    from pagedgen.cli.predict_check import run
+
+    run(source, goal, as_json=json)
+
+
 @app.command()
 def verify(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="A folder that tune or build wrote.")],
+    pack: Annotated[
+        Path | None, typer.Argument(metavar="[PACK]", help="A folder that tune or build wrote.")
+    ] = None,
+    records: Annotated[
+        bool,
+        typer.Option(
+            "--records", help="Instead of a pack: what is on record for this machine's device, timed again."
+        ),
+    ] = False,
+    gpu: Gpu = None,
+    cpu: Cpu = False,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Check a pack: every file against its SHA-256, then every kernel against a float64 reference.
 
-    A pack for another processor has its files checked, and no more; the output says so.
+    A pack for another processor has its files checked, and no more; the output says so. With
+    [b]--records[/], the kernels that records chose are compiled, checked against the reference and timed
+    again, and those that have slipped (slower, as a share of the read bandwidth) are named. Exit status 1
+    when a kernel is wrong or has slipped.
 
     \b
       [b]pagedgen verify[/] llama-3-8b.cpu.pack
       [b]pagedgen verify[/] llama-3-8b.h100.pack --seed 7 --json
+      [b]pagedgen verify[/] --records --cpu
     """
-    from pagedgen.cli.verify import run
+    from pagedgen.cli.verify import run, run_records
+    from pagedgen.errors import InvalidValue
 
-    run(pack, seed=seed, as_json=json)
+    if records == (pack is not None):
+        raise InvalidValue("pack", str(pack) if pack else "", "either a PACK or --records is expected")
+    if pack is not None:
+        if gpu or cpu:
+            raise InvalidValue("gpu", gpu or "cpu", "with --records alone: a pack names its processor")
+        run(pack, seed=seed, as_json=json)
+        return
+    run_records(gpu, cpu, seed=seed, as_json=json)
 
 
 @app.command()

@@ -7,12 +7,16 @@ import math
 import sympy
 from rich.markup import escape
 
+from pagedgen.autotune.calibration import RankError, rank_errors
+from pagedgen.autotune.database import recorded
 from pagedgen.cli import console
 from pagedgen.cli.options import Job, batch, schedule_of
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import family_for
 from pagedgen.compiler.space import feasible
 from pagedgen.values import codec
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.target import Target
 
 
 def run(job: Job, *, schedule: str | None, workload: str, as_json: bool) -> None:
@@ -26,6 +30,7 @@ def run(job: Job, *, schedule: str | None, workload: str, as_json: bool) -> None
     values = dict(family.symbols(spec, target, chosen, work))
     best = min(legal, key=lambda s: (predict(spec, target, s, work).time_us, s))
     best_us = predict(spec, target, best, work).time_us
+    ranked = _rank_errors(spec, target)
     fields = family.fields(spec, target)
     points = math.prod(len(f.values) for f in fields)
     figures = {**values, **dict(prediction.figures)}
@@ -63,6 +68,15 @@ def run(job: Job, *, schedule: str | None, workload: str, as_json: bool) -> None
                 ],
                 "symbols": values,
                 "best_predicted": {"schedule": codec.encode(best), "time_us": best_us},
+                "rank_errors": [
+                    {
+                        "workload": e.workload.name,
+                        "schedules": e.schedules,
+                        "spearman": e.correlation,
+                        "regret": e.regret,
+                    }
+                    for e in ranked
+                ],
             }
         )
         return
@@ -94,6 +108,22 @@ def run(job: Job, *, schedule: str | None, workload: str, as_json: bool) -> None
         f"best of the space predicted {best_us:,.1f} µs: {best.name}",
         markup=False,
     )
+
+    if ranked:
+        out.print()
+        console.table(
+            "The model against what is on record: its favourite's regret, and its rank correlation",
+            ("batch", ">measured", ">regret", ">Spearman"),
+            ((e.workload.name, e.schedules, f"{e.regret:.1%}", f"{e.correlation:.2f}") for e in ranked),
+        )
+    else:
+        out.print("[dim]nothing measured is on record, so how well the model ranks is not known[/]")
+
+
+def _rank_errors(spec: KernelSpec, target: Target) -> tuple[RankError, ...]:
+    """Of the measured records that hold here: predictions of another template are another model's."""
+    found = recorded(spec, target)
+    return rank_errors(found.entry.records) if found is not None else ()
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from rich.progress import Progress, TaskID
 from pagedgen.autotune.database import Entry
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.events import Event, Started, Step, Tried, Warned
+from pagedgen.autotune.ledger import open_storage
+from pagedgen.autotune.plots import check_folder, draw
 from pagedgen.autotune.tune import Effort, TuneResult, Workshop, tune
 from pagedgen.cli import build, console
 from pagedgen.cli.options import Job, seconds, trace_of
@@ -29,6 +32,10 @@ GRID = {
     "cpu": ((1, 2048), (4, 2048), (16, 2048), (1, 16384)),
     "gpu": ((1, 1024), (1, 8192), (8, 4096), (128, 1024), (32, 8192)),
 }
+# And batches of unequal lengths: drawn evenly between two bounds, and one long one among short ones. They are
+# (sequences, shortest, longest) and (tokens of the long one, sequences beside it, tokens of each).
+RAGGED = {"cpu": (16, 128, 4096), "gpu": (32, 128, 16384)}
+SKEWED = {"cpu": (16384, 15, 512), "gpu": (131072, 63, 1024)}
 BATCHES = {"cpu": (1, 4, 16, 64), "gpu": (1, 8, 32, 128)}  # sizes of the batches drawn from a trace
 MOST_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # of KV in one workload
 
@@ -40,7 +47,10 @@ def run(
     effort: str,
     budget: str | None,
     seed: int,
+    storage: str | None,
+    study: str | None,
     out: Path | None,
+    plots: Path | None,
     as_json: bool,
 ) -> None:
     """Tune every spec of the job in turn; what cannot work is refused before the first starts."""
@@ -49,13 +59,19 @@ def run(
     if effort not in list(Effort):
         raise InvalidValue("effort", effort, f"allowed: {', '.join(Effort)}")
     budget_s = seconds(budget) if budget else None
+    if study is not None and (storage is None or len(job.specs) > 1):
+        raise InvalidValue("study", study, "names the study of one spec in a --storage")
     if out is not None:
         check_place(out)
+    if plots is not None:
+        check_folder(plots)
     for spec in job.specs:
         family_for(spec, job.target)
     present = device_of(job.target).present
     device = device_of(job.target).name if present else "not on this machine: times are predictions"
     console.note(f"{job.label} on {job.target.name} ({job.target.arch}; {device})")
+    if storage is not None and present:
+        open_storage(storage)  # that it answers is known before anything is compiled
     results: list[TuneResult] = []
     workloads: dict[KernelSpec, tuple[Workload, ...]] = {}
     with Workshop(job.target) as workshop:
@@ -76,8 +92,13 @@ def run(
                         seed=seed,
                         progress=watch,
                         workshop=workshop,
+                        storage=storage,
+                        study=study,
                     )
                 )
+            if plots is not None:
+                for path in draw(results[-1], plots):
+                    console.note(f"{path}")
             if not as_json:
                 show(results[-1], workloads[spec])
     tried: list[Decoded] = []
@@ -100,7 +121,7 @@ def workloads_of(spec: KernelSpec, kind: str, trace: Path | None, seed: int) -> 
     """The batches to tune for, of the trace or of the grid; those that need too much memory are left out."""
     group = "cpu" if kind == "cpu" else "gpu"
     if trace is None:
-        made = tuple(Workload.uniform(n, length) for n, length in GRID[group])
+        made = (*(Workload.uniform(n, length) for n, length in GRID[group]), *unequal(group))
     else:
         made = decode_workloads(trace_of(trace, seed), BATCHES[group], seed)
     kept = tuple(w for w in made if w.kv_bytes(spec) <= MOST_BYTES[group]) or (min(made, key=_tokens),)
@@ -111,6 +132,20 @@ def workloads_of(spec: KernelSpec, kind: str, trace: Path | None, seed: int) -> 
                 f"left out: {workload.name}, {size:.1f} GiB of KV ({MOST_BYTES[group] >> 30} GiB at most)"
             )
     return kept
+
+
+def unequal(group: str) -> tuple[Workload, Workload]:
+    """The ragged and the skewed batch of the grid; the same in every run, so that records are found again."""
+    count, shortest, longest = RAGGED[group]
+    lengths = [shortest + round(i * (longest - shortest) / (count - 1)) for i in range(count)]
+    random.Random(0).shuffle(lengths)
+    long, others, short = SKEWED[group]
+    beside = [short] * others
+    beside.insert(others // 3, long)
+    return (
+        Workload(f"{count}x{shortest}-{longest}", tuple(lengths)),
+        Workload(f"1x{long}+{others}x{short}", tuple(beside)),
+    )
 
 
 def _tokens(workload: Workload) -> int:

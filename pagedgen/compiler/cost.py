@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,6 +19,7 @@ class Prediction:
     """The model's figures for one case, in the family's order; ``time_us`` ranks schedules."""
 
     figures: tuple[tuple[str, float], ...]
+    inputs: frozenset[str] = frozenset()  # the symbols that the figures were made from
 
     def __getitem__(self, name: str) -> float:
         return dict(self.figures)[name]
@@ -41,16 +42,25 @@ def _compiled(family: Family) -> tuple[tuple[str, tuple[str, ...], Callable[...,
     return tuple(compiled)
 
 
-def predict(spec: KernelSpec, target: Target, schedule: Schedule, workload: Workload) -> Prediction:
-    """Evaluate the family's cost expressions.
+def predict(
+    spec: KernelSpec,
+    target: Target,
+    schedule: Schedule,
+    workload: Workload,
+    factors: Mapping[str, float] | None = None,
+) -> Prediction:
+    """Evaluate the family's cost expressions; ``factors`` scale symbols, as a calibration asks for.
 
     Raises:
         Unsupported: no template covers the spec on this target.
     """
     family = family_for(spec, target)
     values = dict(family.symbols(spec, target, schedule, workload))
+    inputs = frozenset(values)
+    for name, factor in (factors or {}).items():
+        values[name] *= factor
     figures = []
     for name, arguments, function in _compiled(family):
         values[name] = float(function(*(values[argument] for argument in arguments)))
         figures.append((name, values[name]))
-    return Prediction(tuple(figures))
+    return Prediction(tuple(figures), inputs)

@@ -8,7 +8,9 @@ import random
 
 import pytest
 
-from pagedgen.autotune.search import Axis, Found, Grid, Outcome, Stop, search
+from pagedgen.autotune.grid import Axis, Grid
+from pagedgen.autotune.outcome import Outcome
+from pagedgen.autotune.search import Found, Stop, search
 from pagedgen.errors import InvalidValue
 from pagedgen.values.schedule import Schedule
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,32 +12,22 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions by name
 
 import worker_functions as functions
+from fake_tuner import FINE, LONG, SHORT, SPEC, install, schedule
 
 from pagedgen.autotune import gating
 from pagedgen.autotune import tune as module
-from pagedgen.autotune.binaries import BinaryCache, Compiled
+from pagedgen.autotune.binaries import BinaryCache
 from pagedgen.autotune.database import Database, Fit
 from pagedgen.autotune.events import Event, Started, Tried, Warned
 from pagedgen.autotune.search import Stop
-from pagedgen.autotune.tune import Effort, Plan, Workshop, spread, tune
-from pagedgen.compiler.binary import Binary, Source
-from pagedgen.errors import CacheUnwritable, InvalidValue, NoCandidate
-from pagedgen.values.record import Resources, Status
+from pagedgen.autotune.tune import Effort, Plan, Workshop, regimes, spread, tune
+from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate
+from pagedgen.values.record import Status
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
-
-SPEC = KernelSpec(Op.DECODE, 64, 8, 2, 16, DType.F32, DType.F32, k_inner=KInner.TOKEN)
-SHORT, LONG = Workload.uniform(4, 256), Workload.uniform(2, 4096)
-
-
-def schedule(tile: int, warps: int, mood: str = "fine") -> Schedule:
-    return Schedule.of("fake", tile=tile, warps=warps, mood=mood)
-
-
-FINE = tuple(schedule(t, w) for t in (8, 16, 32, 64, 128) for w in (1, 2, 4, 8))
 
 
 @pytest.fixture
@@ -57,49 +45,7 @@ def cpu() -> Target:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
     """Everything below the driver is made up; the workers are real. Returns the (changeable) space."""
     space = list(FINE)
-
-    class Family:
-        name = "fake"
-
-    def fake_compile(sources: Sequence[Source], pool: object, cache: object) -> Iterator[Compiled]:
-        for source in sources:
-            if source.schedule["mood"] == "refused":
-                yield Compiled(source, None, "out of registers")
-            else:
-                spill = 64 if source.schedule["mood"] == "spills" else 0
-                yield Compiled.of(Binary(source, "f", (), Resources(32, spill), "fake 1", 4), fresh=True)
-
-    def fake_link(binaries: Sequence[Binary], dispatch: object, out: Path) -> Path:
-        out.write_bytes(pickle.dumps([b.source.schedule for b in binaries]))
-        return out
-
-    def fake_predict(spec: KernelSpec, where: Target, one: Schedule, workload: Workload) -> object:
-        class Prediction:
-            time_us = 2 * functions.fake_time(one, workload)
-
-        return Prediction
-
-    for name, fake in {
-        "feasible": lambda spec, where: tuple(space),
-        "default_schedule": lambda spec, where: space[0],
-        "family_for": lambda spec, where: Family(),
-        "template_hash": lambda family: "fakefakefake",
-        "render": lambda spec, where, one: Source(spec, where, one, one.name),
-        "compile_all": fake_compile,
-        "link": fake_link,
-        "predict": fake_predict,
-        "measure": functions.fake_measure,
-        "bandwidth": functions.fake_bandwidth,
-        "pin": functions.no_pin,
-        "PLANS": {
-            Effort.QUICK: Plan(8, 4, 60.0, (2, 2), 3, 4),
-            Effort.STANDARD: Plan(20, 5, 60.0, (2, 2), 3, 6),
-            Effort.MAX: Plan(400, 8, 60.0, (2, 2), 3, 6),
-        },
-    }.items():
-        monkeypatch.setattr(module, name, fake)
-    monkeypatch.setattr(gating, "gate_variant", functions.fake_gate)
-    monkeypatch.setattr(gating, "GATE_S", 3.0)
+    install(space, monkeypatch.setattr)
     return space
 
 
@@ -123,17 +69,17 @@ def test_it_finds_each_workloads_best_and_records_it(fakes, database, cpu) -> No
 
 def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, database, cpu) -> None:
     first = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
-    assert first.counts.known == 0 and first.counts.compiled == 8
+    assert first.counts.known == 0 and 8 <= first.counts.compiled <= 12  # and simpler variants of the winner
     found = database.find(SPEC, "cpu", first.records[0].stamp)
     assert found is not None and found.fit is Fit.EXACT
     assert found.entry.selection == first.selection and found.path == first.path
     again = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
-    assert again.counts.known == 8  # nothing new to try: the finalists alone are timed again
+    assert again.counts.known >= 8  # nothing new to try: the finalists alone are timed again
     assert again.counts.compiled <= 6
     events: list[Event] = []
     further = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=database, progress=events.append)
     new = [o.schedule for e in events if isinstance(e, Tried) for o in e.outcomes]
-    assert further.counts.known == 8 and len(new) == len(set(new)) == 12
+    assert len(new) == len(set(new)) == 20 - further.counts.known > 0
     assert not set(new) & {r.schedule for r in found.entry.records}
 
 
@@ -198,6 +144,32 @@ def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
     assert result.selection.status is Status.PREDICTED
 
 
+def test_a_device_that_is_lost_ends_the_run_and_nobody_is_charged(fakes, database, cpu, monkeypatch) -> None:
+    fakes[:] = [*FINE[:8], schedule(64, 4, "crash"), *FINE[8:]]
+    monkeypatch.setattr(module, "device_name", lambda kind: "cuda")
+    monkeypatch.setattr(gating, "device_works", functions.gone)
+    monkeypatch.setattr(module, "device_works", functions.gone)
+    with pytest.raises(DeviceLost, match="CUDA error: device lost") as caught:
+        tune(SPEC, cpu, [SHORT, LONG], effort="max", database=database)
+    assert "kept" in str(caught.value)
+    monkeypatch.setattr(module, "device_works", functions.fine)
+    result = tune(SPEC, cpu, [SHORT, LONG], effort="max", database=database)
+    assert [r.reason for r in result.counts.rejected] == ["crashed (SIGSEGV)"]
+    assert result.selection.pick(2, 4096) == schedule(64, 4)
+
+
+def test_runs_of_one_study_share_it_and_read_one_result(fakes, database, cpu, tmp_path) -> None:
+    storage = str(tmp_path / "study.log")
+    first = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=database, storage=storage)
+    elsewhere = Database(tmp_path / "other", tmp_path / "shipped")  # another host, with records of its own
+    second = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=elsewhere, storage=storage)
+    assert second.counts.compiled == second.counts.timed == 0
+    assert second.selection == first.selection and second.records == first.records
+    here, there = (d.find(SPEC, "cpu", first.records[0].stamp).entry for d in (database, elsewhere))
+    rows = [{(r.schedule, r.workload, r.timing) for r in entry.records} for entry in (here, there)]
+    assert rows[0] == rows[1] and here.selection == there.selection
+
+
 def test_bad_input_is_named(fakes, database, cpu) -> None:
     for arguments, field in (
         ({"workloads": []}, "workloads"),
@@ -216,6 +188,14 @@ def test_spread_keeps_the_ends() -> None:
     assert spread(workloads[:2], 3) == tuple(workloads[:2])
 
 
+def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -> None:
+    plain = [Workload.uniform(1, 2**i) for i in range(10)]
+    assert regimes(plain) == spread(plain, 3)
+    skewed = Workload("skewed", (1, 1, 300, 1, 1, 1, 1, 1))
+    assert regimes([*plain, skewed]) == (plain[0], skewed, plain[9])
+    assert regimes([plain[0], skewed]) == (plain[0], skewed)
+
+
 # ---- for real ----
 
 SMALL = KernelSpec(Op.DECODE, 32, 2, 1, 16, DType.F32, DType.F32, k_inner=KInner.TOKEN)
@@ -228,13 +208,13 @@ def test_this_cpu_for_real(database, cpu, monkeypatch) -> None:
     with Workshop(cpu) as workshop:
         workloads = [Workload.uniform(2, 300), Workload("ragged", (1000, 3, 0, 17))]
         result = tune(SMALL, cpu, workloads, effort="quick", database=database, workshop=workshop)
-        assert result.status is Status.MEASURED and result.counts.compiled == 3
+        assert result.status is Status.MEASURED and result.counts.compiled >= 3
         assert len(result.records) == 2 * len({r.schedule for r in result.records})
         for record in result.records:
             assert record.verdict is not None and record.verdict.passed and record.verdict.cases >= 4
             assert record.roofline_gbs > 0 and record.stamp.device != "none"
         again = tune(SMALL, cpu, workloads, effort="quick", database=database, workshop=workshop)
-        assert again.counts.known == 3 and again.counts.compiled == 0 and again.counts.cached >= 1
+        assert again.counts.known >= 3 and again.counts.compiled == 0 and again.counts.cached >= 1
 
 
 def test_a_gpu_that_is_not_here_for_real(database, monkeypatch) -> None:

@@ -1,0 +1,131 @@
+"""Rank errors, calibration and picks for a device that is not here, on recorded and on derived timings."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from recorded import H100, record, recordings
+
+from pagedgen.autotune import calibration as module
+from pagedgen.autotune.calibration import (
+    Calibration,
+    median_regret,
+    rank_errors,
+    spearman,
+    transfers,
+)
+from pagedgen.compiler.cost import predict
+from pagedgen.errors import InvalidValue
+from pagedgen.values.record import Record, Timing
+from pagedgen.values.target_table import target
+
+H200 = target("h200")
+CASES = [r for r in recordings() if r.workloads[0].name in ("32x8192", "128x1024")][:4]  # two specs
+KNOWN = [record(case, s) for case in CASES for s in sorted(case.times)[::3]]  # the same ones on both batches
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FITTED", 60)
+
+
+def timed(one: Record, us: float, where: str) -> Record:
+    return replace(one, target=where, timing=Timing(us, us, us, 3))
+
+
+def other_device(known: list[Record], seed: int = 0, noise: float = 0.01) -> list[Record]:
+    """What an H200 might have given: the H100's times, moved as the model moves, and noise."""
+    draw = random.Random(seed)
+    moved = []
+    for one in known:
+        there = predict(one.spec, H200, one.schedule, one.workload).time_us
+        here = predict(one.spec, H100, one.schedule, one.workload).time_us
+        us = one.time_us * there / here * math.exp(noise * draw.gauss(0, 1))
+        moved.append(timed(one, us, H200.name))
+    return moved
+
+
+def test_spearman() -> None:
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)  # ties share a rank
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0.0
+    with pytest.raises(InvalidValue, match="ranks"):
+        spearman([1], [1])
+
+
+def test_rank_errors_are_those_of_the_predictions_on_record() -> None:
+    errors = rank_errors(KNOWN)
+    assert len(errors) == len(CASES)
+    for case, error in zip(CASES, errors, strict=True):
+        rows = [r for r in KNOWN if (r.spec, r.workload) == (case.spec, case.workloads[0])]
+        favourite = min(rows, key=lambda r: r.predicted_us)
+        assert error.regret == pytest.approx(favourite.time_us / min(r.time_us for r in rows) - 1)
+        assert error.schedules == len(rows) and -1 <= error.correlation <= 1
+    assert rank_errors(KNOWN[:2]) == ()
+
+
+def test_constants_that_made_the_times_are_found_again() -> None:
+    factors = {"bandwidth_gbs": 0.8, "launch_us": 1.5, "warp_rate": 0.7}
+    made = [
+        timed(r, predict(r.spec, H100, r.schedule, r.workload, factors).time_us, H100.name) for r in KNOWN
+    ]
+    found = Calibration.of(made, H100)
+    assert found.factors["bandwidth_gbs"] == pytest.approx(0.8, rel=0.05)
+    errors = [
+        abs(math.log(Calibration(found.factors).time_us(H100, r.spec, r.schedule, r.workload) / r.time_us))
+        for r in made
+    ]
+    plain = [abs(math.log(r.predicted_us / r.time_us)) for r in made]
+    assert sum(errors) < 0.2 * sum(plain)
+
+
+def test_residuals_make_the_calibrated_time_of_what_was_measured_the_measured_one() -> None:
+    found = Calibration.of(KNOWN, H100)
+    for one in KNOWN[::20]:
+        assert found.time_us(H100, one.spec, one.schedule, one.workload) == pytest.approx(one.time_us)
+    assert Calibration().time_us(H100, KNOWN[0].spec, KNOWN[0].schedule, KNOWN[0].workload) == pytest.approx(
+        KNOWN[0].predicted_us
+    )
+
+
+def test_a_pick_for_another_device_is_held_against_its_own_best() -> None:
+    truth = other_device(KNOWN)
+    found = transfers(KNOWN, H100, truth, H200)
+    assert [t.spec for t in found] == list(dict.fromkeys(r.spec for r in KNOWN))
+    assert median_regret(found) <= 0.03
+    for one in found:
+        rows = [r for r in truth if r.spec == one.spec]
+        means = {
+            s: math.exp(
+                sum(math.log(r.time_us) for r in rows if r.schedule == s) / sum(r.schedule == s for r in rows)
+            )
+            for s in {r.schedule for r in rows}
+        }
+        assert one.regret == pytest.approx(means[one.pick] / min(means.values()) - 1)
+        assert one.candidates == len(means) and one.moved is not None
+    # what was measured there decides nothing but the regret: the same picks, had all been different
+    slower = [timed(r, r.time_us * (2 + (i % 7)), H200.name) for i, r in enumerate(truth)]
+    assert [t.pick for t in transfers(KNOWN, H100, slower, H200)] == [t.pick for t in found]
+
+
+def test_a_spec_that_was_measured_there_alone_has_only_the_constants() -> None:
+    (first, second) = dict.fromkeys(r.spec for r in KNOWN)
+    found = transfers([r for r in KNOWN if r.spec == first], H100, other_device(KNOWN), H200)
+    assert found[0].moved is not None and found[1].moved is None and found[1].spec == second
+    assert found[1].regret >= 0
+
+
+def test_nothing_measured_is_named() -> None:
+    with pytest.raises(InvalidValue, match="h100-sxm"):
+        Calibration.of([], H100)
+    with pytest.raises(InvalidValue, match="h200"):
+        transfers(KNOWN, H100, KNOWN, H200)

@@ -1,0 +1,72 @@
+"""First guesses: the nearest spec's winners first, in this space's fields, whatever version they are from."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from recorded import H100, SPECS, record, recordings
+
+from pagedgen.autotune.database import Database, Entry
+from pagedgen.autotune.select import select
+from pagedgen.autotune.warm import guesses
+from pagedgen.compiler.space import default_schedule
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.target_table import target
+
+SPEC = SPECS[0]
+CASE = recordings()[1]
+SPACE = tuple(CASE.times)
+
+
+def save(database: Database, spec: KernelSpec, schedule: Schedule, where: str = H100.name) -> None:
+    row = replace(record(CASE, SPACE[0]), spec=spec, schedule=schedule, target=where)
+    database.save(Entry(spec, where, (row,), select({schedule: {row.workload: 1.0}})))
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return Database(tmp_path / "user", tmp_path / "shipped")
+
+
+def test_neighbours_come_by_nearness(database: Database) -> None:
+    wide, other_block = replace(SPEC, head_dim=256), replace(SPEC, block_size=32)
+    save(database, wide, SPACE[1])
+    save(database, other_block, SPACE[2])
+    save(database, SPEC, SPACE[3], where="h200")
+    assert guesses(database, SPEC, H100, SPACE) == [SPACE[2], SPACE[3], SPACE[1]]  # 0.5, 0.5 elsewhere, 1.0
+    save(database, SPEC, SPACE[4])  # of another template than any there is: no result, but a good guess
+    assert guesses(database, SPEC, H100, SPACE, count=2) == [SPACE[4], SPACE[2]]
+
+
+def test_fields_that_are_new_since_take_their_defaults(database: Database) -> None:
+    choices = dict(SPACE[5].choices)
+    del choices["merge"]
+    old = Schedule.of(SPACE[5].template, **choices)
+    save(database, SPEC, old)
+    default = default_schedule(SPEC, H100)["merge"]
+    space = (*SPACE, replace(SPACE[5], choices=tuple(sorted({**choices, "merge": default}.items()))))
+    assert guesses(database, SPEC, H100, space) == [space[-1]]
+
+
+def test_what_is_not_legal_here_stands_for_what_is_nearest(database: Database) -> None:
+    save(database, SPEC, replace(SPACE[5], choices=tuple({**dict(SPACE[5].choices), "tile": 256}.items())))
+    (guess,) = guesses(database, SPEC, H100, SPACE)
+    assert guess in SPACE
+    assert sum(guess[name] != value for name, value in SPACE[5].choices) <= 1
+
+
+def test_damaged_and_other_files_are_passed_over(database: Database) -> None:
+    assert guesses(database, SPEC, H100, SPACE) == []
+    folder = database.user / H100.name
+    folder.mkdir(parents=True)
+    (folder / "decode-damaged.json").write_text('{"template": "triton-dec')
+    (folder / "decode-empty.json").write_text("[]")
+    save(database, SPEC, SPACE[1])
+    assert guesses(database, SPEC, target("h200"), SPACE) == [SPACE[1]]

@@ -1,0 +1,134 @@
+"""Commands that read records (explain, predict-check, verify --records), plots and shared studies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "autotune"))
+
+from recorded import H100, record, recordings
+
+from pagedgen.autotune import calibration
+from pagedgen.autotune import tune as tuner
+from pagedgen.autotune.database import Database, Entry, read
+from pagedgen.autotune.device import stamp_here
+from pagedgen.autotune.select import select
+from pagedgen.autotune.tune import Effort, Plan
+from pagedgen.cli import tune as command
+from pagedgen.cli.app import app
+from pagedgen.values.record import Timing
+
+runner = CliRunner()
+TINY = ("--cpu", "--head-dim", "32", "--num-q-heads", "2", "--num-kv-heads", "1")
+CASE = recordings()[1]
+
+
+def run(*arguments: object, code: int = 0):
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PAGEDGEN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def save(where: str, factor: float = 1.0) -> None:
+    """Sixty schedules of the recording, as measured by this version on a target."""
+    stamp = stamp_here(CASE.spec, H100)
+    rows = [replace(record(CASE, s), target=where, stamp=stamp) for s in sorted(CASE.times)[:60]]
+    rows = [replace(r, timing=Timing(r.time_us * factor, r.time_us, r.time_us, 3)) for r in rows]
+    times = {r.schedule: {r.workload: r.time_us} for r in rows}
+    Database().save(Entry(CASE.spec, where, tuple(rows), select(times)))
+
+
+def test_explain_prints_how_well_the_model_ranks(cache):
+    options = ("--gpu", "h100", "--kv-dtype", "f16")
+    assert "how well the model ranks is not known" in run("explain", *options).stdout
+    save(H100.name)
+    data = json.loads(run("explain", *options, "--json").stdout)["rank_errors"]
+    (error,) = calibration.rank_errors(
+        Database().find(CASE.spec, H100.name, stamp_here(CASE.spec, H100)).entry.records
+    )
+    assert data == [
+        {"workload": "32x8192", "schedules": 60, "spearman": error.correlation, "regret": error.regret}
+    ]
+    assert f"{error.regret:.1%}" in run("explain", *options).stdout
+
+
+def test_predict_check(cache, monkeypatch):
+    monkeypatch.setattr(calibration, "FITTED", 40)
+    there = ("predict-check", "--from", "h100", "--to", "h200")
+    assert "nothing measured on h100-sxm" in run(*there, code=1).stderr
+    save(H100.name)
+    save("h200", 0.8)
+    data = json.loads(run(*there, "--json").stdout)
+    assert data["from"] == H100.name and data["to"] == "h200"
+    assert data["median_regret"] == data["specs"][0]["regret"]
+    assert data["median_regret"] == pytest.approx(data["median_moved"], abs=0.02)
+    assert "median regret" in run(*there).stdout
+    assert "unknown target" in run("predict-check", "--from", "h100", "--to", "h9000", code=1).stderr
+
+
+def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, monkeypatch):
+    pytest.importorskip("tvm")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(4, 4, 120.0, (2,), 5, 2)})
+    monkeypatch.setattr(command, "GRID", {"cpu": ((1, 512),)})
+    monkeypatch.setattr(command, "RAGGED", {"cpu": (4, 64, 1024)})
+    monkeypatch.setattr(command, "SKEWED", {"cpu": (2048, 3, 64)})
+    study, plots = tmp_path / "study.log", tmp_path / "plots"
+    options = (*TINY, "--effort", "quick", "--storage", study)
+    run("tune", *options, "--plots", plots)
+    drawn = sorted(plots.iterdir())
+    assert [p.suffixes[-2:] for p in drawn] == [
+        [f".{n}", ".png"] for n in ("history", "importance", "roofline")
+    ]
+    assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 5000 for p in drawn)
+
+    checked = json.loads(run_any("verify", "--records", "--cpu", "--json").stdout)["records"]
+    assert checked and all(row["timing"]["median_us"] > 0 and row["reason"] == "" for row in checked)
+
+    (path,) = (cache / "records" / "cpu").glob("*.json")
+    entry = read(path)
+    faster = tuple(replace(r, timing=replace(r.timing, median_us=r.time_us / 20)) for r in entry.records)
+    path.unlink()
+    Database().save(replace(entry, records=faster))
+    slipped = run("verify", "--records", "--cpu", "--json", code=1)
+    assert all(row["slipped"] for row in json.loads(slipped.stdout)["records"])
+
+    other = ("--study", "mine", "--seed", "1")
+    assert "names the study of one spec" in run("tune", *TINY, "--study", "mine", code=1).stderr
+    run("tune", *options, *other)
+    foreign = run("tune", *options[:2], "64", *options[3:], *other, code=1)
+    assert "study 'mine': spec = 'decode-h32" in foreign.stderr and "decode-h64" in foreign.stderr
+
+
+def run_any(*arguments: object):
+    """Exit status 0 or 1: on a machine with neighbours a pick may have slipped."""
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code in (0, 1), result.output
+    return result
+
+
+def test_bad_input_is_named(cache, tmp_path):
+    assert "either a PACK or --records" in run("verify", code=1).stderr
+    assert "either a PACK or --records" in run("verify", tmp_path, "--records", code=1).stderr
+    assert "a pack names its processor" in run("verify", tmp_path, "--cpu", code=1).stderr
+    assert (
+        "can be checked on such a device alone" in run("verify", "--records", "--gpu", "a100", code=1).stderr
+    )
+    assert "nothing that was measured" in run("verify", "--records", "--cpu", code=1).stderr
+    (tmp_path / "file").touch()
+    assert "error: " in run("tune", *TINY, "--plots", tmp_path / "file" / "x", code=1).stderr
+    bad = run("tune", *TINY, "--storage", "sqlite:////nowhere/x.db", code=1)
+    assert "storage sqlite:////nowhere/x.db: unable to open database file" in bad.stderr
+    assert "budget" in run("tune", *TINY, "--budget", "0", code=1).stderr
