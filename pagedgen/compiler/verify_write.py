@@ -96,12 +96,10 @@ class WriteCase:
     def judge(self) -> str:
         """Why the pools are wrong, or nothing."""
         for name, held, want in (("k", self.k, self.expected[0]), ("v", self.v, self.expected[1])):
-            if held.element_size() == 1:
-                got = held.view(torch.uint8).contiguous()
-                # A code of NaN has either sign: casts differ in it.
-                same = (got == want) | ((got & 0x7F == 0x7F) & (want & 0x7F == 0x7F))
-            else:
-                same = (held == want) | (held.isnan() & want.isnan())
+            got, wanted = (x.contiguous().view(torch.uint8).view(*x.shape, -1) for x in (held, want))
+            same = (got == wanted).all(-1)
+            if held.element_size() == 1:  # a code of NaN has either sign: casts differ in it
+                same |= (got & 0x7F == 0x7F).all(-1) & (wanted & 0x7F == 0x7F).all(-1)
             if not bool(same.all()):
                 block, place, head, dim = (~same).nonzero()[0].tolist()
                 count = int((~same).sum())
