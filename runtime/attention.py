@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +76,11 @@ class Kernel:
         self.workspaces = Workspaces(library)
 
 
+# Every Attention that somebody holds, by its number: torch operators take no objects.
+_numbers = itertools.count()
+LOADED: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionary()
+
+
 class Attention:
     """A loaded pack: attention over a paged KV cache, by the operators that it has kernels of.
 
@@ -97,6 +104,8 @@ class Attention:
         self._only = {op: found[0] for op, found in of_op.items() if len(found) == 1}
         self._matches: dict[tuple[object, ...], Kernel] = {}
         self._checked = checks_wanted()
+        self.number = next(_numbers)
+        LOADED[self.number] = self
 
     @property
     def specs(self) -> tuple[KernelSpec, ...]:
@@ -301,6 +310,52 @@ class Attention:
             assert lse is not None
             return out, lse
         return out
+
+    def write_kv(
+        self,
+        new_k: torch.Tensor,
+        new_v: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        spec: KernelSpec | None = None,
+    ) -> None:
+        """Store K and V of new tokens in their slots, quantised where the pool is fp8.
+
+        Args:
+            new_k, new_v: ``[num_tokens, num_kv_heads, head_dim]``, head_dim contiguous.
+            slot_mapping: int64 ``[num_tokens]``, block * block_size + slot; below 0: the token is not kept.
+                Slots of kept tokens lie in the pool and differ.
+            k, v: the pools, as :meth:`decode` takes them; written in place.
+            k_scale, v_scale: as :meth:`decode`: what is stored is the value divided by the scale, rounded to
+                the nearest, ties to even, and no larger than the type's largest.
+            spec: which kernel, where the pack has several that fit the tensors.
+
+        Raises:
+            ArgumentError: an argument is not as above. Nothing ran.
+            SpecNotInPack: no write_kv kernel, or more than one, for these tensors.
+        """
+        try:
+            kernel = self._only.get(Op.WRITE_KV) if spec is None else self._kernels.get(spec)
+            if kernel is None or kernel.spec.op is not Op.WRITE_KV:
+                kernel = self._find(Op.WRITE_KV, new_k, k, None, k_scale, None, spec)
+            kernel.call(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1)
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(
+                new_k=new_k,
+                new_v=new_v,
+                slot_mapping=slot_mapping,
+                k=k,
+                v=v,
+                k_scale=k_scale,
+                v_scale=v_scale,
+            )
+            raise
 
     def workspace_bytes(self, num_seqs: int, spec: KernelSpec | None = None) -> int:
         """Bytes of workspace for up to ``num_seqs`` sequences with one spec, or with any of the pack's.

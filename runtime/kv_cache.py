@@ -10,9 +10,9 @@ import torch
 
 from pagedgen.errors import InvalidPool
 from pagedgen.runtime.arrays import I32, I64
-from pagedgen.runtime.attention import TORCH_DTYPES
+from pagedgen.runtime.attention import TORCH_DTYPES, Attention
 from pagedgen.runtime.kv_layout import KVLayout
-from pagedgen.values.spec import DType, KVScale
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
 
 STAGING_BYTES = 64 << 20  # of device memory for blocks on their way to or from the host
 
@@ -101,6 +101,8 @@ class KVCache:
         num_host_blocks: blocks of host memory (pinned for a GPU) to swap to.
         k_scale, v_scale: float32 ``[num_layers, 1]`` or ``[num_layers, num_kv_heads]`` for an fp8 pool: what
             stored values are multiplied with. Ones if not given.
+        attention: a pack whose write_kv kernels store new tokens where they fit the shape; torch's operators
+            do elsewhere, and give the same bytes.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class KVCache:
         num_host_blocks: int = 0,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        attention: Attention | None = None,
     ) -> None:
         if type(num_blocks) is not int or num_blocks < 1:
             raise InvalidPool("num_blocks", num_blocks, "an integer from 1 is allowed")
@@ -140,6 +143,8 @@ class KVCache:
         self.v = [v[:num_blocks] for _, v in layers]
         raw = [shape.layout.views(layer, *geometry) for layer in self.storage.view(writable)]
         self._raw = raw  # with the spare block
+        self.attention = attention
+        self._writers = {} if attention is None else writers(attention, shape)
         self.k_scale = self._scale("k_scale", k_scale)
         self.v_scale = self._scale("v_scale", v_scale)
         # Eight bytes at a time where the page allows it: a gather of single bytes is slow.
@@ -165,8 +170,21 @@ class KVCache:
             k, v: ``[num_tokens, num_kv_heads, head_dim]``, any float type.
             slots: int64 ``[num_tokens]``, block * block_size + offset, on the pool's device; -1: padding.
         """
+        spec = self.writer(k, v)
+        if spec is not None:
+            assert self.attention is not None
+            k_scale = None if self.k_scale is None else self.k_scale[layer]
+            v_scale = None if self.v_scale is None else self.v_scale[layer]
+            self.attention.write_kv(
+                k, v, slots, self.k[layer], self.v[layer], k_scale=k_scale, v_scale=v_scale, spec=spec
+            )
+            return
         for pool, new, scale in zip(self._raw[layer], (k, v), (self.k_scale, self.v_scale), strict=True):
             store(pool, new, slots, None if scale is None else scale[layer], self.fp8_type)
+
+    def writer(self, k: torch.Tensor, v: torch.Tensor) -> KernelSpec | None:
+        """The kernel that stores K and V of new tokens of these types here; None: torch's operators do."""
+        return self._writers.get(k.dtype) if k.dtype == v.dtype else None
 
     def raw(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer with the spare block, fp8 as bytes: what :func:`store` writes to."""
@@ -249,6 +267,17 @@ class KVCache:
         if tuple(scale.shape) != wanted or scale.dtype != torch.float32:
             raise InvalidPool(name, (tuple(scale.shape), scale.dtype), f"float32 {list(wanted)} is allowed")
         return scale.to(self.device)
+
+
+def writers(attention: Attention, shape: KVShape) -> dict[torch.dtype, KernelSpec]:
+    """A pack's write_kv kernels for pools of a shape, by the type of the new K and V."""
+    found = {}
+    for spec in attention.specs:
+        wanted = (Op.WRITE_KV, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype)
+        held = (spec.op, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.kv_dtype)
+        if held == wanted and (spec.kv_scale, spec.k_inner) == (shape.kv_scale, shape.layout.k_inner):
+            found[TORCH_DTYPES[spec.q_dtype]] = spec
+    return found
 
 
 def store(

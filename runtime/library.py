@@ -38,6 +38,19 @@ if TYPE_CHECKING:
     ]
     # As Decode with cu_seqlens_q after seq_lens; a spec with sinks takes them as one more argument, the last.
     Extend = Callable[..., None]
+    WriteKV = Callable[
+        [
+            torch.Tensor,  # new_k
+            torch.Tensor,  # new_v
+            torch.Tensor,  # slot_mapping
+            torch.Tensor,  # k
+            torch.Tensor,  # v
+            torch.Tensor | None,  # k_scale
+            torch.Tensor | None,  # v_scale
+            int,  # variant
+        ],
+        None,
+    ]
 
 # Error kinds that launchers raise (templates/launcher), as the exceptions they stand for.
 for _error in (errors.ArgumentError, errors.LaunchError, errors.DeviceMissing, errors.PackForeign):
@@ -59,6 +72,8 @@ class Library:
     - ``extend(q, k, v, block_table, seq_lens, cu_seqlens_q, out, lse, softmax_scale, k_scale, v_scale,
       workspace, max_seq_len, variant[, sinks])``
 
+    - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant)``
+
     which is the library's own, with nothing in between.
 
     Raises:
@@ -66,10 +81,11 @@ class Library:
         PackDamaged: it loads but is no library of ours.
     """
 
-    __slots__ = ("_prepare", "_set_num_threads", "_workspace_bytes", "decode", "extend", "path")
+    __slots__ = ("_prepare", "_set_num_threads", "_workspace_bytes", "decode", "extend", "path", "write_kv")
 
     decode: Decode
     extend: Extend
+    write_kv: WriteKV
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

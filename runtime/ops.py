@@ -9,14 +9,12 @@ without data) and declare what they write to. None of them synchronises, so capt
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from typing import Protocol
 
 import torch
 
 from pagedgen.errors import ArgumentError
-from pagedgen.runtime.attention import Attention
+from pagedgen.runtime.attention import LOADED, Attention
 from pagedgen.runtime.kv_cache import KVCache, store
 
 
@@ -60,14 +58,12 @@ class Extend(Protocol):
 
 
 # Operators take tensors and numbers only, so a pack goes by its number; it lives while somebody holds it.
-_numbers = itertools.count()
-_attentions: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionary()
+_attentions = LOADED
 
 
 def bind(attention: Attention) -> Decode:
     """The decode operator of one pack, without LSE; it keeps the pack loaded."""
-    number = next(_numbers)
-    _attentions[number] = attention
+    number = attention.number
 
     def decode(
         q: torch.Tensor,
@@ -93,8 +89,7 @@ def bind(attention: Attention) -> Decode:
 
 def bind_extend(attention: Attention) -> Extend:
     """The extend operator of one pack, without LSE; it keeps the pack loaded."""
-    number = next(_numbers)
-    _attentions[number] = attention
+    number = attention.number
 
     def extend(
         q: torch.Tensor,
@@ -215,9 +210,10 @@ def _(
 def write_kv(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """:meth:`KVCache.write_kv` as an operator."""
     raw_k, raw_v = cache.raw(layer)
+    writer = None if cache.writer(k, v) is None or cache.attention is None else cache.attention.number
     k_scale = None if cache.k_scale is None else cache.k_scale[layer]
     v_scale = None if cache.v_scale is None else cache.v_scale[layer]
-    _write_kv(raw_k, raw_v, k, v, slots, k_scale, v_scale, cache.fp8_type)
+    _write_kv(raw_k, raw_v, k, v, slots, k_scale, v_scale, cache.fp8_type, writer)
 
 
 @torch.library.custom_op("pagedgen::write_kv", mutates_args=("pool_k", "pool_v"))
@@ -230,7 +226,14 @@ def _write_kv(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     fp8_type: torch.dtype | None,
+    pack: int | None = None,
 ) -> None:
+    if pack is not None:  # its kernel needs no spare block behind the pool's last
+        into_k, into_v = pool_k[:-1], pool_v[:-1]
+        if fp8_type is not None:
+            into_k, into_v = into_k.view(fp8_type), into_v.view(fp8_type)
+        _held(pack).write_kv(k, v, slots, into_k, into_v, k_scale=k_scale, v_scale=v_scale)
+        return
     store(pool_k, k, slots, k_scale, fp8_type)
     store(pool_v, v, slots, v_scale, fp8_type)
 
@@ -245,6 +248,7 @@ def _(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     fp8_type: torch.dtype | None,
+    pack: int | None = None,
 ) -> None:
     return None
 

@@ -143,7 +143,7 @@ def portable_ptx(ptx: bytes) -> bool:
 
 def _own_fields(schedule: Schedule) -> tuple[str, ...]:
     """What the launcher has to know of a variant beside its binary, as C++ literals in their order there."""
-    if schedule.template == "triton-extend":
+    if schedule.template != "triton-decode":
         return (str(schedule.int("tile_m")),)
     even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
     return str(schedule.int("waves")), str(even).lower(), str(pdl).lower()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pagedgen.compiler.families import family_for
-from pagedgen.errors import Unsupported
+from pagedgen.errors import InvalidValue, Unsupported
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 
@@ -45,8 +45,21 @@ class Proof:
     how: str  # "tested" or "compile-checked only"
 
 
-def cell(spec: KernelSpec, proof: Proof) -> str:
-    """``tested``, ``compile-checked only``, or ``refused: reason``."""
+def _spec(op: Op, changes: dict[str, Any]) -> KernelSpec | None:
+    """The base with changes for an operator; None where that is no legal spec."""
+    fields = {field: getattr(BASE, field) for field in BASE.__dataclass_fields__} | {"op": op} | changes
+    if op is Op.WRITE_KV:  # which has no query heads
+        fields["num_q_heads"] = fields["num_kv_heads"]
+    try:
+        return KernelSpec(**fields)
+    except InvalidValue:
+        return None
+
+
+def cell(spec: KernelSpec | None, proof: Proof) -> str:
+    """``tested``, ``compile-checked only``, ``refused: reason``, or a dash for what is no spec."""
+    if spec is None:
+        return "–"
     try:
         family_for(spec, proof.target)
     except Unsupported as error:
@@ -64,7 +77,7 @@ def tables(proofs: Sequence[Proof]) -> Iterator[str]:
         for name, changes in FEATURES:
             row = []
             for proof in proofs:
-                text = cell(replace(BASE, op=op, **changes), proof)
+                text = cell(_spec(op, changes), proof)
                 if text.startswith("refused"):
                     if text not in reasons:
                         reasons.append(text)

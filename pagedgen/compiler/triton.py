@@ -32,6 +32,10 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "block_table_ptr": "*i32",
         "seq_lens_ptr": "*i32",
         "cu_seqlens_q_ptr": "*i32",
+        "new_k_ptr": POINTER_TYPES[spec.q_dtype],
+        "new_v_ptr": POINTER_TYPES[spec.q_dtype],
+        "slot_mapping_ptr": "*i64",
+        "num_tokens": "i32",
         "counter_ptr": "*i32",
         "qk_scale": "fp32",
         "num_seqs": "i32",
@@ -53,9 +57,9 @@ def alignment_of(spec: KernelSpec, name: str) -> int:
         return kv_align(spec)
     if name.startswith(("k_stride", "v_stride")):
         return kv_align(spec) // spec.kv_dtype.size
-    if name.startswith(("q_stride", "out_stride")):
+    if name.startswith(("q_stride", "out_stride", "new_k_stride", "new_v_stride")):
         return 8  # head_dim is a multiple of 8
-    if name in ("q_ptr", "out_ptr", "partial_ptr", "partial_lse_ptr"):
+    if name in ("q_ptr", "out_ptr", "new_k_ptr", "new_v_ptr", "partial_ptr", "partial_lse_ptr"):
         return 16
     return 1
 

@@ -60,7 +60,7 @@ class Callee(Protocol):
         """Bytes of workspace a call with ``num_seqs`` sequences needs."""
 
 
-def _pool(
+def empty_pool(
     spec: KernelSpec, num_blocks: int, pool: Pool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised K and V pools of the logical shape, strided as ``pool`` says; bytes for fp8."""
@@ -122,7 +122,7 @@ def make_inputs(
         taken += count
     block_table = torch.tensor(rows, dtype=torch.int32, device=device)
 
-    k, v = _pool(spec, num_blocks, pool, device)
+    k, v = empty_pool(spec, num_blocks, pool, device)
     shape = (num_blocks, block, heads, dim)
     is_fp8 = spec.kv_dtype.is_fp8
     for tensor in (k, v):
@@ -396,9 +396,15 @@ def gate(
 ) -> Verdict:
     """Try one variant on every case (:func:`cases_of` unless given), twice each on one workspace.
 
+    A write_kv kernel has cases of its own (:mod:`pagedgen.compiler.verify_write`).
+
     ``wrap`` may turn a call into another way of making it (CUDA-graph capture and replay).
     """
     device = torch.device(device)
+    if spec.op is Op.WRITE_KV:
+        from pagedgen.compiler.verify_write import gate_write
+
+        return gate_write(callee, spec, variant, device, seed, wrap)
     cases = cases_of(spec, seed) if cases is None else cases
     most = max(len(case.seq_lens) for case in cases)
     size = callee.workspace_bytes(most)

@@ -14,9 +14,8 @@ class Op(StrEnum):
     """The operator."""
 
     DECODE = "decode"  # one query token a sequence, ragged batch
-    EXTEND = (
-        "extend"  # the last tokens of each sequence as queries, causal: prefill, chunks, decodes mixed in
-    )
+    EXTEND = "extend"  # each sequence's last tokens as queries, causal: prompts, chunks, decodes mixed in
+    WRITE_KV = "write_kv"  # new tokens' K and V to their slots in the pool, quantised where it is fp8
 
 
 class DType(StrEnum):
@@ -101,6 +100,9 @@ class KernelSpec:
     any strides but the innermost) in ``kv_dtype``; lse ``[num_tokens, num_q_heads]`` float32, natural
     logarithm.
 
+    ``write_kv`` stores new K and V, ``[num_tokens, num_kv_heads, head_dim]`` in ``q_dtype``, and has no query
+    heads: ``num_q_heads`` is ``num_kv_heads``, and masks and an LSE are refused.
+
     Masks and modifiers: a query sees the last ``window`` tokens up to and with its own (None: all of them);
     scores are ``logits_soft_cap * tanh(score / logits_soft_cap)`` before the softmax (None: as they are);
     with ``sinks`` a learned score a query head, float32 ``[num_q_heads]``, is in the softmax's sum and has no
@@ -155,6 +157,17 @@ class KernelSpec:
         if cap is not None and not (type(cap) is float and 0.01 <= cap <= 1000):
             raise InvalidValue("logits_soft_cap", cap, "a float from 0.01 to 1000, or None, is allowed")
 
+        if self.op is Op.WRITE_KV:
+            self._refuse_attention()
+
+    def _refuse_attention(self) -> None:
+        """Refuse what only operators with queries have."""
+        if self.num_q_heads != self.num_kv_heads:
+            allowed = f"{self.num_kv_heads}, num_kv_heads, is allowed: {self.op.value} has no query heads"
+            raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
+        for field in (*self.masks, *(("return_lse",) if self.return_lse else ())):
+            raise InvalidValue(field, getattr(self, field), f"not allowed: {self.op.value} has no softmax")
+
     def __lt__(self, other: object) -> bool:
         if not isinstance(other, KernelSpec):
             return NotImplemented
@@ -192,7 +205,7 @@ class KernelSpec:
         parts = [
             self.op.value,
             f"h{self.head_dim}",
-            f"q{self.num_q_heads}",
+            *(() if self.op is Op.WRITE_KV else (f"q{self.num_q_heads}",)),
             f"kv{self.num_kv_heads}",
             f"b{self.block_size}",
             self.q_dtype.short,

@@ -102,6 +102,20 @@ def test_extend_launcher_passes_what_the_kernel_takes(
     assert launcher == [*kernel, "global_scratch", "profile_scratch"]
 
 
+@pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
+def test_write_kv_launcher_passes_what_the_kernel_takes(make_spec, default_schedule, gpu_binary, h100, kv):
+    spec = make_spec(128, (8, 8), 16, "f16", kv, op="write_kv")
+    text = render(spec, h100, default_schedule(spec, h100)).text
+    signature = text.split("def paged_write_kv(")[1].split("):")[0]
+    kernel = [name.strip().removesuffix("_ptr") for name in signature.split(",") if name.strip()]
+    source = assemble([gpu_binary(spec)], ALL).source
+    lines = source.split("void* parameters[] = {")[1].split("};")[0].splitlines()
+    launcher = [
+        line.split(",")[0].strip().removeprefix("&").removeprefix("call.") for line in lines if line.strip()
+    ]
+    assert launcher == [*kernel, "global_scratch", "profile_scratch"]
+
+
 def test_embedding(tmp_path, make_spec, gpu_binary):
     spec = make_spec()
     binary, bound = gpu_binary(spec), gpu_binary(spec, suffix="a")

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from pagedgen.compiler.verify import Case, Inputs, cases_of, gate, judge, make_inputs, query_ranges, reference
+from pagedgen.compiler.verify_write import WriteCase
+from pagedgen.runtime.kv_cache import store
 
 
 class Exact:
@@ -191,6 +193,46 @@ class LastQueryOfAll(ExactExtend):
     def write(self, out, want, live, cu_seqlens_q):
         for first, end in pairwise(cu_seqlens_q.tolist()):
             out[first:end] = want[max(first, end - 1) : end].to(out.dtype)
+
+
+class ExactWrite:
+    """A write_kv library of torch's operators; subclasses break it in one way."""
+
+    def write_kv(self, new_k, new_v, slots, k, v, k_scale, v_scale, variant):
+        for new, pool, scale in ((new_k, k, k_scale), (new_v, v, v_scale)):
+            fp8 = pool.dtype if scale is not None else None
+            held = pool.view(torch.uint8) if fp8 else pool
+            spare = torch.cat((held, held[:1]))  # what store takes for slot -1
+            store(spare, new, self.slots(slots), scale, fp8)
+            held.copy_(spare[:-1])
+
+    def slots(self, slots):
+        return slots
+
+
+class OneSlotOff(ExactWrite):
+    def slots(self, slots):
+        return torch.where(slots >= 0, (slots + 1) % 16, slots)
+
+
+class WritesPaddingToo(ExactWrite):
+    def slots(self, slots):
+        return torch.where(slots < 0, slots.max(), slots)
+
+
+@pytest.mark.parametrize("kv", ["f16", "fp8_e4m3", "fp8_e5m2"])
+def test_write_kv_is_judged_by_its_bytes(make_spec, kv):
+    spec = make_spec(head_dim=32, heads=(2, 2), kv=kv, scale="head", op="write_kv")
+    verdict = gate(ExactWrite(), spec, 0, "cpu", 1)
+    assert verdict.passed and verdict.cases == 3, verdict
+    for broken in (OneSlotOff(), WritesPaddingToo()):
+        verdict = gate(broken, spec, 0, "cpu", 1)
+        assert not verdict.passed and "wrong elements of k" in verdict.reason, verdict
+    case = WriteCase(spec, 30, "nhd", torch.device("cpu"), 2)
+    case.k, case.v = case.expected[0].clone(), case.expected[1].clone()
+    assert case.judge() == ""
+    case.v.view(torch.uint8)[0, 3, 1, 5] ^= 1
+    assert "1 wrong elements of v, the first at [0, 3, 1" in case.judge()
 
 
 CASES = (

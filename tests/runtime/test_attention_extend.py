@@ -15,10 +15,13 @@ from pagedgen.compiler.build import Choice, build
 from pagedgen.compiler.verify import Inputs, judge, make_inputs, query_ranges, reference
 from pagedgen.errors import ArgumentError, SpecNotInPack
 from pagedgen.runtime import ops
-from pagedgen.runtime.attention import Attention
+from pagedgen.runtime.attention import TORCH_DTYPES, Attention
+from pagedgen.runtime.kv_cache import KVCache, KVShape
+from pagedgen.runtime.kv_layout import KVLayout
 from pagedgen.runtime.lengths import VARIABLE
 from pagedgen.runtime.pack import open_pack
 from pagedgen.values.manifest import Rule
+from pagedgen.values.spec import DType
 
 SHAPE = {"head_dim": 64, "heads": (8, 2)}
 LENS, QUERIES = (50, 17, 0, 33), (20, 1, 0, 33)
@@ -189,3 +192,58 @@ def test_lengths_are_not_read_unless_asked_for(pack_of, make_spec, monkeypatch):
     monkeypatch.setenv(VARIABLE, "yes")
     with pytest.raises(ArgumentError, match=f"{VARIABLE} = 'yes': 0 or 1 is allowed"):
         Attention(attention.pack)
+
+
+@pytest.mark.parametrize("layout", [KVLayout.NHD, KVLayout.HND, KVLayout.PACKED])
+@pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
+def test_a_cache_writes_through_the_packs_kernel(pack_of, make_spec, layout, kv):
+    """The same bytes as torch's operators, by the method and by the operator, and only where it fits."""
+    spec = make_spec(64, (2, 2), 16, kv=kv, scale="head", op="write_kv")
+    other = make_spec(64, (2, 2), 8, kv=kv, scale="head", op="write_kv")
+    attention, calls = pack_of(spec, other), []
+
+    def call(new_k, new_v, slots, k, v, k_scale, v_scale, variant):
+        calls.append(variant)
+        assert k.shape == (5, 16, 2, 64) and k.dtype == TORCH_DTYPES[spec.kv_dtype]
+        kept = slots >= 0
+        for new, pool, scale in ((new_k, k, k_scale), (new_v, v, v_scale)):
+            if scale is not None:
+                most = torch.finfo(pool.dtype).max
+                new = (new.float() / scale[:, None]).clamp(-most, most).to(pool.dtype).view(torch.uint8)
+                pool = pool.view(torch.uint8)
+            pool[slots[kept] // 16, slots[kept] % 16] = new[kept]
+
+    attention.kernel(spec).call = call
+    shape = KVShape(2, 2, 64, 16, DType(kv), spec.kv_scale, layout)
+    scales = (
+        {"k_scale": torch.rand(2, 2) + 0.5, "v_scale": torch.rand(2, 2) + 0.5} if spec.kv_dtype.is_fp8 else {}
+    )
+    plain = KVCache(shape, 5, **scales)
+    caches = [KVCache(shape, 5, attention=attention, **scales) for _ in range(3)]
+    k, v = (torch.randn(6, 2, 64, dtype=torch.float16) for _ in range(2))
+    slots = torch.tensor([3, -1, 17, 79, 0, -1])
+
+    def step(cache, k, v, slots):
+        ops.write_kv(cache, 1, k, v, slots)
+
+    plain.write_kv(1, k, v, slots)
+    caches[0].write_kv(1, k, v, slots)
+    step(caches[1], k, v, slots)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(caches[2], k, v, slots)
+    assert calls == [-1] * 3
+    for cache in caches:
+        assert torch.equal(cache.storage[:, :, :5], plain.storage[:, :, :5])
+    caches[0].write_kv(0, k.float(), v.float(), slots)  # a type that the pack has no kernel for
+    plain.write_kv(0, k.float(), v.float(), slots)
+    assert calls == [-1] * 3 and torch.equal(caches[0].storage[:, :, :5], plain.storage[:, :, :5])
+
+
+def test_write_kv_goes_to_its_library(pack_of, make_spec):
+    spec = make_spec(64, (2, 2), 16, op="write_kv")
+    attention = pack_of(spec, make_spec(64, (2, 2), 16))
+    new, pool = torch.zeros(3, 2, 64, dtype=torch.float16), torch.zeros(4, 16, 2, 64, dtype=torch.float16)
+    slots = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ArgumentError, match=r"new_k\.device = cpu:0: a cuda device is expected"):
+        attention.write_kv(new, new, slots, pool, pool)
+    with pytest.raises(SpecNotInPack, match=r"write_kv: the pack holds decode-"):
+        pack_of(make_spec(64, (2, 2), 16)).write_kv(new, new, slots, pool, pool)

@@ -476,3 +476,87 @@ def test_extend_arguments_are_refused_before_any_launch(serve, make_spec, gpu_bi
     for result, message in zip(run.results, messages, strict=True):
         assert result["error"] == "ArgumentError" and message in result["text"], result
     assert run.launches == []
+
+
+WRITE_NAMES = (
+    "new_k", "new_v", "slot_mapping", "k", "v", "k_scale", "v_scale", "num_tokens", "new_k_stride_token",
+    "new_k_stride_head", "new_v_stride_token", "new_v_stride_head", "k_stride_block", "k_stride_token",
+    "k_stride_head", "v_stride_block", "v_stride_token", "v_stride_head",
+)  # fmt: skip
+
+
+def write_arguments(spec, num_tokens=300):
+    """Arguments of write_kv: new K and V cut from a fused projection, a packed head-major pool."""
+    attention = arguments_for(spec, num_tokens)
+    new, strides = (num_tokens, spec.num_kv_heads, 128), (48 * 128, 128, 1)
+    return [
+        made(0x1000, "float", 16, new, strides),
+        made(0x1800, "float", 16, new, strides),
+        made(0x5000, "int", 64, (num_tokens,)),
+        *attention[1:3],
+        *attention[8:10],
+        -1,
+    ]
+
+
+@pytest.fixture
+def writer(make_spec, gpu_binary, tmp_path):
+    """A write_kv library for an fp8 pool."""
+    binary = gpu_binary(make_spec(128, (8, 8), 16, "f16", "fp8_e4m3", op="write_kv"))
+    return binary, link([binary], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "write.so")
+
+
+def test_a_write_kv_launch(serve, writer):
+    binary, path = writer
+    spec = binary.source.spec
+    keys = [n if "stride" in n or n == "num_tokens" else f"{n}_ptr" for n in WRITE_NAMES]
+    types = "".join({"i32": "i", "i64": "l"}.get(kind, "p") for kind in signature_of(spec, keys).values())
+    steps = [
+        ["workspace_bytes", [9]],
+        ["write_kv", write_arguments(spec)],
+        ["write_kv", write_arguments(spec, 0)],
+    ]
+    run = serve(path, steps, types=types)
+    assert run.results == [{"result": 0}, {"result": None}, {"result": None}]
+    (launch,) = run.launches
+    tile_m = binary.source.schedule.int("tile_m")
+    assert (launch["symbol"], launch["grid"]) == ("paged_write_kv", (300 * 8 // tile_m, 1, 1))
+    assert dict(zip(WRITE_NAMES, launch["arguments"], strict=True)) == {
+        "new_k": 0x1000, "new_v": 0x1800, "slot_mapping": 0x5000, "k": 0x2000, "v": 0x3000, "k_scale": 0x8000,
+        "v_scale": 0x9000, "num_tokens": 300, "new_k_stride_token": 6144, "new_k_stride_head": 128,
+        "new_v_stride_token": 6144, "new_v_stride_head": 128, "k_stride_block": 32768, "k_stride_token": 256,
+        "k_stride_head": 4096, "v_stride_block": 32768, "v_stride_token": 256, "v_stride_head": 4096,
+    }  # fmt: skip
+
+
+def test_write_kv_arguments_are_refused_before_any_launch(serve, writer):
+    binary, path = writer
+    right = write_arguments(binary.source.spec)
+    wrong = [
+        (0, made(0x1000, "float", 32, (300, 8, 128)), "new_k.dtype = float32: float16 is expected"),
+        (
+            1,
+            made(0x1800, "float", 16, (299, 8, 128)),
+            "new_v.shape = [299, 8, 128]: 300 is expected in axis 0",
+        ),
+        (1, made(0x1800, "float", 16, (300, 4, 128)), "4, 128]: 8 is expected in axis 1 (num_kv_heads)"),
+        (1, made(0x1802, "float", 16, (300, 8, 128)), "new_v: address 0x1802: a multiple of 16 bytes"),
+        (2, made(0x5000, "int", 32, (300,)), "slot_mapping.dtype = int32: int64 is expected"),
+        (
+            2,
+            made(0x5000, "int", 64, (301,)),
+            "slot_mapping.shape = [301]: 300 is expected in axis 0 (num_tokens)",
+        ),
+        (
+            3,
+            made(0x2000, "float", 16, (50, 16, 8, 128)),
+            "k.dtype = float16: float8_e4m3fn (or its bytes as uint8)",
+        ),
+        (5, None, "k_scale = None"),
+        (7, 1, "variant = 1: 0 to 0, or -1 for the dispatch table's, is allowed"),
+    ]
+    steps = [["write_kv", [*right[:i], value, *right[i + 1 :]]] for i, value, _ in wrong]
+    run = serve(path, steps)
+    for result, (*_, message) in zip(run.results, wrong, strict=True):
+        assert result["error"] == "ArgumentError" and message in result["text"], result
+    assert run.launches == []

@@ -27,22 +27,28 @@ GOOD = {
 def specs(draw) -> KernelSpec:
     q_dtype = draw(st.sampled_from([DType.F32, DType.F16, DType.BF16]))
     kv_dtype = draw(st.sampled_from([q_dtype, DType.FP8_E4M3, DType.FP8_E5M2]))
-    kv_heads = draw(st.integers(1, 64))
+    kv_heads, op = draw(st.integers(1, 64)), draw(st.sampled_from(list(Op)))
     scales = [KVScale.TENSOR, KVScale.HEAD] if kv_dtype.is_fp8 else [KVScale.NONE]
     return KernelSpec(
-        draw(st.sampled_from(list(Op))),
+        op,
         draw(st.integers(4, 32)) * 8,
-        kv_heads * draw(st.integers(1, 32)),
+        kv_heads * (1 if op is Op.WRITE_KV else draw(st.integers(1, 32))),
         kv_heads,
         draw(st.integers(1, 65536)),
         q_dtype,
         kv_dtype,
         draw(st.sampled_from(scales)),
         draw(st.sampled_from(list(KInner))),
-        draw(st.booleans()),
-        draw(st.none() | st.integers(1, 1 << 30)),
-        draw(st.none() | st.floats(0.01, 1000)),
-        draw(st.booleans()),
+        *(
+            ()
+            if op is Op.WRITE_KV
+            else (
+                draw(st.booleans()),
+                draw(st.none() | st.integers(1, 1 << 30)),
+                draw(st.none() | st.floats(0.01, 1000)),
+                draw(st.booleans()),
+            )
+        ),
     )
 
 
@@ -141,3 +147,20 @@ def test_names_say_what_is_masked():
     assert spec.name == "extend-h128-q32-kv8-b16-bf16-window4096-cap50.0-sinks"
     assert spec.masks == ("window", "logits_soft_cap", "sinks")
     assert KernelSpec(**GOOD).masks == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_q_heads": 32}, "num_q_heads = 32: 8, num_kv_heads, is allowed: write_kv has no query heads"),
+        ({"return_lse": True}, "return_lse = True: not allowed: write_kv has no softmax"),
+        ({"window": 5}, "window = 5: not allowed"),
+        ({"logits_soft_cap": 5.0}, "logits_soft_cap = 5.0: not allowed"),
+        ({"sinks": True}, "sinks = True: not allowed"),
+    ],
+)
+def test_fields_that_an_operator_has_no_use_for_are_refused(change, message):
+    right = {**GOOD, "op": Op.WRITE_KV, "num_q_heads": 8}
+    assert KernelSpec(**right).name == "write_kv-h128-kv8-b16-bf16"
+    with pytest.raises(InvalidValue, match=message):
+        KernelSpec(**{**right, **change})

@@ -1,0 +1,107 @@
+"""The gate of write_kv: every byte of the pool is what torch's own clamp, cast and scatter leave there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pagedgen.compiler.verify import POOLS, Pool, empty_pool
+from pagedgen.errors import ArgumentError
+from pagedgen.runtime.attention import TORCH_DTYPES
+from pagedgen.values.record import Verdict
+from pagedgen.values.spec import KernelSpec, KVScale
+
+COUNTS = (1, 77, 300)  # tokens: one, an odd number, several programs
+
+
+def gate_write(
+    callee: Any,
+    spec: KernelSpec,
+    variant: int,
+    device: torch.device,
+    seed: int,
+    wrap: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+) -> Verdict:
+    """Try one variant on pools of every layout, with slots out of order and padding among them."""
+    for number, (count, pool) in enumerate(zip(COUNTS, POOLS, strict=True)):
+        case = WriteCase(spec, count, pool, device, seed + number)
+
+        def call(case: WriteCase = case) -> None:
+            callee.write_kv(
+                case.new_k, case.new_v, case.slots, case.k, case.v, case.k_scale, case.v_scale, variant
+            )
+
+        try:
+            (wrap(call) if wrap else call)()
+        except ArgumentError:
+            raise
+        except Exception as problem:  # any failure of a candidate is a verdict, not a crash of the search
+            return Verdict(False, number + 1, float("inf"), 0.0, seed, f"call failed: {problem}")
+        if reason := case.judge():
+            where = f"{reason} (case {number}: {count} tokens, pool {pool})"
+            return Verdict(False, number + 1, float("inf"), 0.0, seed, where)
+    return Verdict(True, len(COUNTS), 0.0, 0.0, seed)
+
+
+class WriteCase:
+    """Arguments of one call, and what the pools must hold after it.
+
+    New K and V are cut from one tensor, as a fused projection leaves them. Values reach from an FP8 type's
+    subnormals past its largest, zeros of both signs and NaN included; pools hold other bytes before.
+    """
+
+    def __init__(self, spec: KernelSpec, count: int, pool: Pool, device: torch.device, seed: int) -> None:
+        make = torch.Generator(device="cpu").manual_seed(seed)
+        heads, dim = spec.num_kv_heads, spec.head_dim
+        num_blocks = -(-count // spec.block_size) + 3
+        both = torch.randn(count, 3 * heads, dim, generator=make)
+        both *= torch.exp2(torch.randint(-14, 16, both.shape, generator=make).float())
+        both[0, heads:, :4] = torch.tensor([0.0, -0.0, float("nan"), -1.0])
+        both = both.to(TORCH_DTYPES[spec.q_dtype]).to(device)
+        self.new_k, self.new_v = both[:, heads : 2 * heads], both[:, 2 * heads :]
+        slots = torch.randperm(num_blocks * spec.block_size, generator=make)[:count]
+        if count > 1:
+            slots[::5] = -1
+        self.slots = slots.to(device)
+        k, v = empty_pool(spec, num_blocks, pool, device)
+        scales: list[torch.Tensor | None] = [None, None]
+        expected = []
+        for i, (held, new) in enumerate(((k, self.new_k), (v, self.new_v))):
+            bytes_ = torch.randint(0, 60, held.shape, generator=make, dtype=torch.int32)
+            held.copy_(bytes_.to(device))
+            if spec.kv_dtype.is_fp8:
+                size = heads if spec.kv_scale is KVScale.HEAD else 1
+                scales[i] = (torch.rand(size, generator=make) + 0.5).to(device)
+            expected.append(self._expected(spec, held, new, scales[i]))
+        self.expected = expected
+        kind = TORCH_DTYPES[spec.kv_dtype]
+        self.k, self.v = (k.view(kind), v.view(kind)) if spec.kv_dtype.is_fp8 else (k, v)
+        self.k_scale, self.v_scale = scales
+
+    def _expected(
+        self, spec: KernelSpec, held: torch.Tensor, new: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        kept = self.slots >= 0
+        if scale is not None:
+            kind = TORCH_DTYPES[spec.kv_dtype]
+            most = torch.finfo(kind).max
+            new = (new.float() / scale[:, None]).clamp(-most, most).to(kind).view(torch.uint8)
+        result = held.clone()
+        blocks = self.slots[kept] // spec.block_size
+        result[blocks, self.slots[kept] % spec.block_size] = new[kept]
+        return result
+
+    def judge(self) -> str:
+        """Why the pools are wrong, or nothing."""
+        for name, held, want in (("k", self.k, self.expected[0]), ("v", self.v, self.expected[1])):
+            got, wanted = (x.contiguous().view(torch.uint8).view(*x.shape, -1) for x in (held, want))
+            same = (got == wanted).all(-1)
+            if held.element_size() == 1:  # a code of NaN has either sign: casts differ in it
+                same |= (got & 0x7F == 0x7F).all(-1) & (wanted & 0x7F == 0x7F).all(-1)
+            if not bool(same.all()):
+                block, place, head, dim = (~same).nonzero()[0].tolist()
+                count = int((~same).sum())
+                return f"{count} wrong elements of {name}, the first at [{block}, {place}, {head}, {dim}]"
+        return ""
