@@ -23,7 +23,8 @@ class Outcome:
     """Figures of one run. Shares are from 0 to 1, times in seconds, sizes in bytes of one rank.
 
     Shares of memory, batches and rates are of the middle of the run, between a tenth and nine tenths of all
-    output tokens, so that filling and draining the server does not count; the rest is of the whole run.
+    tokens served (those of a prompt once it is complete, and those generated), so that filling and draining
+    the server do not count; the rest is of the whole run.
     Internal waste is allocated slots that hold no token; external waste is what was free while a request
     waited for memory, averaged over those times; both are shares of the pool.
     """
@@ -54,7 +55,7 @@ class Outcome:
     # time
     seconds: float
     kernel_seconds: float
-    tokens_per_s: float  # output
+    tokens_per_s: float  # output: the rate of tokens served, times the share of outputs among them
     ttft_p50: float
     ttft_p99: float
     tpot_p50: float

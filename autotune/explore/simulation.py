@@ -20,8 +20,8 @@ from pagedgen.runtime.preemption import PreemptionRule
 from pagedgen.values.trace import Trace
 
 SAMPLE_STEPS = 16  # between two looks at the pool
-COVERAGE_STEPS = 256  # between two looks at the block tables
-MIDDLE = (0.1, 0.9)  # of all output tokens: what rates and shares are taken of
+COVERAGE_STEPS = 256  # at least, between two looks at the block tables
+MIDDLE = (0.1, 0.9)  # of all tokens served: what rates and shares are taken of
 WINDOWS = 8  # equal parts of the middle, for the noise
 MOMENTS = 120  # of the timeline that is kept
 SECRET = b"explore: same seed, same report"
@@ -125,7 +125,8 @@ def simulate(
     rule = PreemptionRule(step_time.block_bytes, SWAP_GBS * 1e9, step_time.prefill_tokens_per_s)
     scheduler = Scheduler(manager, rule, setup.max_batched_tokens)
     requests = setup.load.requests(setup.trace, setup.seed)
-    meter = Meter(manager, sum(request.output for request in requests))
+    meter = Meter(manager, sum(request.prompt + request.output for request in requests))
+    output_tokens = sum(request.output for request in requests)
     clock, coming, finished_count = 0.0, 0, 0
     preemptions = steps = 0
     kernel_seconds = 0.0
@@ -178,7 +179,7 @@ def simulate(
         run_coverage=meter.coverage,
         metadata_bytes=meter.metadata_bytes,
         requests=len(requests),
-        output_tokens=meter.total,
+        output_tokens=output_tokens,
         computed_tokens=scheduler.computed_tokens,
         dropped_tokens=scheduler.dropped_tokens,
         hit_share=counters.hit_tokens / counters.prompt_tokens,
@@ -191,7 +192,7 @@ def simulate(
         compacted_bytes=counters.compacted_blocks * step_time.block_bytes,
         seconds=clock,
         kernel_seconds=kernel_seconds,
-        tokens_per_s=(MIDDLE[1] - MIDDLE[0]) * meter.total / sum(middle.windows),
+        tokens_per_s=(MIDDLE[1] - MIDDLE[0]) * output_tokens / sum(middle.windows),
         ttft_p50=_quantile(ttft, 0.5),
         ttft_p99=_quantile(ttft, 0.99),
         tpot_p50=_quantile(tpot, 0.5),
@@ -233,10 +234,10 @@ class Meter:
     """Looks at the pool every ``SAMPLE_STEPS`` steps, and at the batch in every one."""
 
     def __init__(self, manager: BlockManager, total: int) -> None:
-        self.manager, self.total = manager, total  # total: output tokens of all requests
+        self.manager, self.total = manager, total  # total: prompts and outputs of all requests
         self.coverage = 1.0 if manager.block_size >= RUN_TOKENS else 0.0
         self.metadata_bytes = 0
-        self._steps = self._produced = 0
+        self._steps = self._served = self._next_coverage = 0
         self._since = 0.0
         self._tokens = self._internal = self._weight = 0.0
         self._free = self._blocked = 0.0
@@ -249,19 +250,22 @@ class Meter:
         """One step that took ``seconds`` and ended at ``clock``."""
         self._steps += 1
         self._since += seconds
-        before = self._produced
-        self._produced += batch.num_decodes + sum(chunk.last for chunk in batch.chunks)
-        inside = before < MIDDLE[1] * self.total and self._produced > MIDDLE[0] * self.total
+        before = self._served
+        self._served += batch.num_decodes
+        for chunk in batch.chunks:
+            if chunk.last:  # a prompt counts when it is complete, and once
+                self._served += 1 + (0 if chunk.request.produced else chunk.request.prompt)
+        inside = before < MIDDLE[1] * self.total and self._served > MIDDLE[0] * self.total
         running = batch.num_decodes + len(batch.chunks)
         if inside:
             self._batches[running] = self._batches.get(running, 0.0) + seconds
             if batch.blocked:
                 self._free += self.manager.pool.num_free * seconds
                 self._blocked += seconds
-        if self._steps % SAMPLE_STEPS and self._produced < self.total:
+        if self._steps % SAMPLE_STEPS and self._served < self.total:
             return
         self._clocks.append(clock)
-        self._counts.append(self._produced)
+        self._counts.append(self._served)
         stats = self.manager.stats()
         slots = self.manager.pool.num_blocks * self.manager.block_size
         internal = stats.used_blocks * self.manager.block_size - stats.stored_tokens
@@ -272,8 +276,9 @@ class Meter:
             self._internal += internal / slots * self._since
             self._weight += self._since
         self._since = 0.0
-        if inside and self.manager.block_size < RUN_TOKENS and self._steps % COVERAGE_STEPS == 0:
+        if inside and self.manager.block_size < RUN_TOKENS and self._steps >= self._next_coverage:
             self.coverage = run_coverage(self.manager)
+            self._next_coverage = self._steps + COVERAGE_STEPS
 
     def middle(self) -> Middle:
         """The means, when the run is over."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from pagedgen.autotune.explore.kernel_time import KernelTime
 from pagedgen.autotune.explore.scheduler import Batch
-from pagedgen.errors import InvalidValue
 from pagedgen.values.model import Model
 from pagedgen.values.target import Target
 from pagedgen.values.weights import Weights
@@ -26,10 +25,8 @@ class StepTime:
     and computing; attention over prompts the longer of its FLOPs and of reading its context. Block copies and
     swaps are added, not overlapped. Communication between ranks and the host's own work are not counted.
 
-    ``model`` and ``weights`` are those of one rank; ``block_bytes`` of all layers.
-
-    Raises:
-        InvalidValue: the target's bandwidth or matrix rate is not known.
+    ``model`` and ``weights`` are those of one rank; ``block_bytes`` of all layers. The target's bandwidth and
+    matrix rate are known.
     """
 
     kernel: KernelTime
@@ -37,12 +34,6 @@ class StepTime:
     weights: Weights
     target: Target
     block_bytes: int
-
-    def __post_init__(self) -> None:
-        for field in ("bandwidth_gbs", "f16_tflops"):
-            if not getattr(self.target, field) > 0:
-                allowed = f"{self.target.name}: a target with a published figure is allowed"
-                raise InvalidValue(field, getattr(self.target, field), allowed)
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from pagedgen.autotune.database import Database, Entry
 from pagedgen.autotune.device import stamp_here
-from pagedgen.autotune.explore.kernel_time import KernelTime, kernel_time
+from pagedgen.autotune.explore.kernel_time import KernelTime, _schedule, kernel_time
 from pagedgen.autotune.explore.policies import Policy
 from pagedgen.autotune.explore.request import OWN, Request
 from pagedgen.autotune.explore.scheduler import Batch, Chunk
@@ -46,6 +46,12 @@ def test_without_measurements_it_is_the_cost_model_and_says_so(empty):
         assert found.at(n, n * length) == pytest.approx(expected, rel=0.15)
     assert found.at(128, 128 * 8192) > 1.8 * found.at(64, 64 * 8192)  # goes on beyond the grid
     assert found.at(1, 1) > 0
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 32, 256])
+def test_the_schedule_that_is_predicted_is_the_default(block_size):
+    spec = replace(SPEC, block_size=block_size)
+    assert _schedule(spec, H100) == default_schedule(spec, H100)
 
 
 def _save(database, workloads, factor, status=Status.MEASURED):
@@ -182,11 +188,9 @@ def test_coverage_reaches_the_kernel(step_time):
     assert model(_batch(8, 8192), 1.0)[1] == pytest.approx(model(_batch(8, 8192))[1] / 2)
 
 
-def test_targets_without_figures_are_refused(step_time):
-    model = step_time(Policy(16))
-    with pytest.raises(InvalidValue, match=r"bandwidth_gbs = 0.0: .* a target with a published figure"):
-        replace(model, target=replace(H100, bandwidth_gbs=0.0))
-    assert model.prefill_tokens_per_s == pytest.approx(H100.f16_tflops * 1e12 * MATMUL_SHARE / (2 * 50e6))
+def test_the_rate_that_preemption_reckons_with(step_time):
+    rate = step_time(Policy(16)).prefill_tokens_per_s
+    assert rate == pytest.approx(H100.f16_tflops * 1e12 * MATMUL_SHARE / (2 * 50e6))
 
 
 def test_tokens_stand_for_content():
