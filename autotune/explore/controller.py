@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from pagedgen.autotune.explore.compare import TIE
+from pagedgen.autotune.explore.compare import TIE, WASTE
 from pagedgen.autotune.explore.request import Request
 from pagedgen.autotune.explore.scheduler import Batch, Chunk
 from pagedgen.autotune.explore.simulation import Setup
@@ -14,8 +15,16 @@ from pagedgen.values.trace import Request as Lengths
 FIRST = 256  # requests that it looks at
 
 
-def estimate(lengths: Sequence[Lengths], setup: Setup, step_time: StepTime, block_size: int) -> float:
-    """Tokens a second that a block size should reach on requests like these when memory is the limit.
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a block size should reach: output tokens a second, and the share of the pool it leaves empty."""
+
+    tokens_per_s: float
+    waste: float
+
+
+def estimate(lengths: Sequence[Lengths], setup: Setup, step_time: StepTime, block_size: int) -> Estimate:
+    """What to expect of requests like these when there are always more of them than fit.
 
     A request is in the batch once for each token it generates, with its prompt and on average half of its
     output, and half a block empty at its end. So many of them fit into the pool; a step gives each a token,
@@ -35,17 +44,19 @@ def estimate(lengths: Sequence[Lengths], setup: Setup, step_time: StepTime, bloc
     if rest:
         chunks.append(Chunk(typical, 0, rest, False))
     both, _ = step_time(_batch(batch, int(batch * resident), tuple(chunks)))
-    return batch / max(both, decode)
+    return Estimate(batch / max(both, decode), batch * (block_size - 1) / 2 / slots)
 
 
 def choose(
     lengths: Sequence[Lengths], setup: Setup, step_times: Mapping[int, StepTime], first: int = FIRST
 ) -> int:
-    """The size with the best estimate on the first requests; of those within ``TIE`` of it, the largest."""
+    """The rule of :func:`pagedgen.autotune.explore.compare.recommend`, on estimates."""
     seen = lengths[:first]
     estimates = {size: estimate(seen, setup, model, size) for size, model in step_times.items()}
-    best = max(estimates.values())
-    return max(size for size, value in estimates.items() if value > (1 - TIE) * best)
+    best = max(estimates, key=lambda size: estimates[size].tokens_per_s)
+    least = (1 - TIE) * estimates[best].tokens_per_s
+    near = [size for size, e in estimates.items() if e.tokens_per_s >= least and e.waste <= WASTE]
+    return max(near, default=best)
 
 
 def _batch(decodes: int, tokens: int, chunks: tuple[Chunk, ...]) -> Batch:
