@@ -71,11 +71,13 @@ def waste(report: Report, trace: TraceReport) -> Figure:
     for label, colour, values in parts:
         axes.bar(at, [100 * v for v in values], bottom=bottom, color=colour, label=label, width=0.7)
         bottom = [b + 100 * v for b, v in zip(bottom, values, strict=True)]
-    for x, outcome in zip(at, shown, strict=True):
-        axes.annotate(f"{100 * outcome.internal_waste:.1f}%", (x, 2), ha="center", fontsize=8, color="white")
+    for x, outcome, top in zip(at, shown, bottom, strict=True):
+        text = f"{100 * outcome.internal_waste:.1f}%"
+        axes.annotate(text, (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_ylim(0, 1.3 * max(bottom))
     axes.set_ylabel("% of the KV pool")
     axes.set_title(f"{trace.trace}: where memory goes (number: empty inside blocks)", fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False, loc="lower right", facecolor="white", framealpha=0.8)
+    axes.legend(fontsize=8, frameon=False, loc="upper center", ncols=3)
     return figure
 
 
@@ -121,6 +123,9 @@ def front(report: Report, trace: TraceReport) -> Figure:
         point = (100 * outcome.internal_waste, height(outcome))
         axes.plot(*point, "o", color=colour)
         axes.annotate(outcome.name, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    low, high = min(map(height, shown)), max(map(height, shown))
+    room = max(0.15 * (high - low), 0.02 * high)  # less than 2% apart should not look far apart
+    axes.set_ylim(low - room, high + room)
     axes.set_xlabel("empty inside blocks, % of the KV pool")
     axes.set_ylabel("output tokens/s, one rank" if trace.closed else "latency a token, ms")
     axes.set_title(f"{trace.trace}: Pareto front", fontsize=10, loc="left")
@@ -195,8 +200,8 @@ PLOTS: dict[str, tuple[str, Plot]] = {
     "waste": ("Memory against block size", waste),
     "throughput": ("Throughput against block size", throughput),
     "pareto": ("Pareto front", front),
-    "timeline": ("Memory over time", timeline),
     "contiguous": ("Contiguous policies, as in Figure 2 of the PagedAttention paper", contiguous),
+    "timeline": ("Memory over time", timeline),
 }
 
 
