@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagedgen.autotune.explore.outcome import Outcome
-from pagedgen.autotune.explore.policies import Policy
+from pagedgen.autotune.explore.policies import ADAPTIVE, BOUND, Policy
 
 # Two-sided 95% quantiles of Student's t for 1 to 7 degrees of freedom: the parts of a run are few.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
 TIE = 0.01  # a larger block is taken where it costs less than this,
+DOUBT = 0.03  # or less than this and not for certain,
 WASTE = 0.03  # and where no more of the pool than this is empty inside blocks
 KEEP = 0.02  # adaptive blocks have to win by more than this, for certain
 YARDSTICKS = (64, 128)  # fixed sizes that adaptive blocks are judged against
@@ -26,8 +27,10 @@ YARDSTICKS = (64, 128)  # fixed sizes that adaptive blocks are judged against
 class Gain:
     """Relative gain over ``against`` (0.03: 3% better), with a 95% interval.
 
-    Both policies served the same requests, so their runs are compared part by part (the equal parts of
-    :class:`Outcome`); the interval is Student's, of the mean of the parts' logarithmic ratios.
+    Both policies served the same requests to the end, so the gain is the ratio of whole runs, filling and
+    draining included. The interval around it is that of the jackknife (Tukey, 1958), with Student's quantile,
+    over the equal parts of :class:`Outcome`, compared part by part. Where requests that began together end
+    together, another policy shifts those waves from one part into the next, and the interval is wide.
     """
 
     against: str
@@ -44,19 +47,20 @@ class Gain:
 def gain(outcome: Outcome, against: Outcome, closed: bool) -> Gain:
     """Of throughput in a closed loop; of latency a token in an open one."""
     mine, theirs = (outcome.windows, against.windows) if closed else (outcome.latencies, against.latencies)
-    logs = [math.log(b / a) for a, b in zip(mine, theirs, strict=True) if a > 0 and b > 0]
-    if not logs:
-        return Gain(against.name, 0.0, 0.0, 0.0)
-    mean, width = float(np.mean(logs)), 0.0
-    if len(logs) > 1:
-        freedom = min(len(logs) - 1, len(STUDENT))
-        width = STUDENT[freedom - 1] * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
-    return Gain(against.name, math.expm1(mean), math.expm1(mean - width), math.expm1(mean + width))
+    a, b = np.array(mine), np.array(theirs)
+    parts = min(a.size, b.size)
+    whole = math.log(score(outcome, closed) / score(against, closed))
+    width = 0.0
+    if parts > 1:
+        others = np.log((b.sum() - b) / (a.sum() - a))  # without one part each
+        error = math.sqrt((parts - 1) * float(np.var(others)))
+        width = STUDENT[min(parts - 1, len(STUDENT)) - 1] * error
+    return Gain(against.name, math.expm1(whole), math.expm1(whole - width), math.expm1(whole + width))
 
 
 def score(outcome: Outcome, closed: bool) -> float:
-    """What policies are ranked by, more is better: tokens a second, in open loops those of one request."""
-    return outcome.tokens_per_s if closed else 1 / outcome.latency_per_token
+    """What policies are ranked by: output tokens a second of the whole run; in open loops, of one request."""
+    return outcome.output_tokens / outcome.seconds if closed else 1 / outcome.latency_per_token
 
 
 def pareto(outcomes: Sequence[Outcome], closed: bool) -> tuple[str, ...]:
@@ -82,16 +86,16 @@ class Recommendation:
 
 
 def recommend(outcomes: Sequence[Outcome], closed: bool) -> Recommendation:
-    """The largest fixed size that loses less than ``TIE`` to the best score and wastes at most ``WASTE``; the
-    one with the best score where none does.
+    """The largest fixed size that keeps up with the best score and wastes at most ``WASTE``; the one with the
+    best score where none does.
 
-    Larger blocks mean fewer of them to keep, to send and to look up, which no score here counts; wasted
-    memory is missed by the prefix cache and by the next, larger load.
+    To keep up is to be behind by less than ``TIE``, or by less than ``DOUBT`` and not for certain. Larger
+    blocks mean fewer of them to keep, to send and to look up, which no score here counts; wasted memory is
+    missed by the prefix cache and by the next, larger load.
     """
     fixed = [o for o in outcomes if o.policy == Policy(o.policy.block_size)]
     best = max(fixed, key=lambda o: score(o, closed))
-    least = (1 - TIE) * score(best, closed)
-    near = [o for o in fixed if score(o, closed) >= least and o.internal_waste <= WASTE]
+    near = [o for o in fixed if o.internal_waste <= WASTE and _keeps_up(o, best, closed)]
     chosen = max(near or [best], key=lambda o: o.policy.block_size)
     others = [o for o in fixed if o is not chosen]
     what = "tokens/s" if closed else "latency a token"
@@ -103,7 +107,7 @@ def recommend(outcomes: Sequence[Outcome], closed: bool) -> Recommendation:
         reason = f"best {what}, {margin.text} over {rival.name}"
     else:
         reason = (
-            f"the largest block within {TIE:.0%} of the best {what} (that of {rival.name}: {margin.text}) "
+            f"the largest block that keeps up with the best {what} (that of {rival.name}: {margin.text}) "
             f"with at most {WASTE:.0%} of the pool empty inside blocks ({chosen.internal_waste:.1%})"
         )
     worse = [o for o in fixed if o.policy.block_size > chosen.policy.block_size]
@@ -112,6 +116,11 @@ def recommend(outcomes: Sequence[Outcome], closed: bool) -> Recommendation:
         lost = gain(following, chosen, closed)
         reason += f"; {following.name} wastes {following.internal_waste:.1%} of the pool: {lost.text}"
     return Recommendation(chosen.name, margin, reason)
+
+
+def _keeps_up(outcome: Outcome, best: Outcome, closed: bool) -> bool:
+    found = gain(outcome, best, closed)
+    return found.mean > -TIE or (found.mean > -DOUBT and found.high >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +142,15 @@ def judge(name: str, outcome: Outcome, yardsticks: Mapping[int, Outcome], closed
         return Verdict(name, gains, False, f"not certain to win by more than {KEEP:.0%}: {reason}")
     reason = "; ".join(f"over {g.against}: {g.text}" for g in gains)
     return Verdict(name, gains, True, f"wins by more than {KEEP:.0%}: {reason}")
+
+
+def verdicts(outcomes: Sequence[Outcome], controller: int, closed: bool) -> tuple[Verdict, ...]:
+    """On adaptive blocks, on their bound, and on the size that the controller picked."""
+    found = {outcome.name: outcome for outcome in outcomes}
+    yardsticks = {size: found[str(size)] for size in YARDSTICKS}
+    candidates = {
+        ADAPTIVE.name: ADAPTIVE.name,
+        BOUND.name: BOUND.name,
+        f"controller ({controller})": str(controller),
+    }
+    return tuple(judge(name, found[of], yardsticks, closed) for name, of in candidates.items())

@@ -11,7 +11,7 @@ from typing import Any
 from pagedgen import __version__
 from pagedgen.autotune.database import Database
 from pagedgen.autotune.explore import controller
-from pagedgen.autotune.explore.compare import YARDSTICKS, Verdict, judge, pareto, recommend
+from pagedgen.autotune.explore.compare import YARDSTICKS, pareto, recommend, verdicts
 from pagedgen.autotune.explore.kernel_time import KernelTime, kernel_time
 from pagedgen.autotune.explore.load import Load
 from pagedgen.autotune.explore.outcome import Outcome
@@ -183,23 +183,11 @@ def _trace_report(
     what: Exploration, setup: Setup, outcomes: tuple[Outcome, ...], step_times: dict[Policy, StepTime]
 ) -> TraceReport:
     trace, closed = setup.trace, setup.load.is_closed
-    by_name = {outcome.name: outcome for outcome in outcomes}
     pool, shares = contiguous(trace, setup.memory_bytes // _server(what).token_bytes)
-    chosen: int | None = None
-    verdicts: tuple[Verdict, ...] = ()
+    chosen = None
     if what.adaptive:
-        chosen = controller.choose(
-            trace.requests, setup, {size: step_times[Policy(size)] for size in what.sizes}
-        )
-        yardsticks = {size: by_name[str(size)] for size in YARDSTICKS}
-        verdicts = tuple(
-            judge(name, by_name[of], yardsticks, closed)
-            for name, of in (
-                (ADAPTIVE.name, ADAPTIVE.name),
-                (BOUND.name, BOUND.name),
-                (f"controller ({chosen})", str(chosen)),
-            )
-        )
+        sizes = {size: step_times[Policy(size)] for size in what.sizes}
+        chosen = controller.choose(trace.requests, setup, sizes)
     return TraceReport(
         trace=trace.name,
         requests=len(trace.requests),
@@ -214,7 +202,7 @@ def _trace_report(
         pareto=pareto([o for o in outcomes if not o.policy.kernel_block_size], closed),
         recommendation=recommend(outcomes, closed),
         controller=chosen,
-        verdicts=verdicts,
+        verdicts=() if chosen is None else verdicts(outcomes, chosen, closed),
     )
 
 
@@ -277,6 +265,7 @@ def _simulate_all(
             report()
         _share(None)
     else:
+        others = set(multiprocessing.active_children())
         with ProcessPoolExecutor(jobs, context, _share, (counts,)) as pool:
             # The slowest first: adaptive placement, then small blocks.
             order = sorted(
@@ -294,6 +283,8 @@ def _simulate_all(
                     report()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for child in set(multiprocessing.active_children()) - others:
+                    child.terminate()  # a simulation may go on for minutes
                 raise
         done = [futures[i].result() for i in range(len(tasks))]
     size = len(step_times)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pagedgen.autotune.paths import publish
 from pagedgen.autotune.suites.report import Environment
 from pagedgen.errors import InvalidValue, MalformedFile
 from pagedgen.values import codec
-from pagedgen.values.spec import KernelSpec
+from pagedgen.values.spec import DType, KernelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def _distinct(lines: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _shape(spec: KernelSpec) -> tuple[object, ...]:
-    kv = spec.kv_dtype.value if spec.kv_dtype.is_fp8 else spec.kv_dtype.size
-    heads = (spec.num_q_heads, spec.num_kv_heads)
-    return spec.op, spec.head_dim, heads, spec.block_size, kv, spec.k_inner
+def _shape(spec: KernelSpec) -> KernelSpec:
+    """The spec with f16 in the place of bf16."""
+    kv = DType.F16 if spec.kv_dtype is DType.BF16 else spec.kv_dtype
+    return replace(spec, q_dtype=DType.F16 if spec.q_dtype is DType.BF16 else spec.q_dtype, kv_dtype=kv)

@@ -33,11 +33,6 @@ SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
         Suite(
-            "block-sizes-gpu",
-            "decode on this GPU against block size and run coverage; for explore --kernel-times",
-            "pagedgen.autotune.suites.block_sizes_gpu",
-        ),
-        Suite(
             "decode-cpu",
             "decode on this CPU beside its peers: dtypes, head groups, ragged lengths",
             "pagedgen.autotune.suites.decode_cpu",
@@ -62,6 +57,11 @@ SUITES: dict[str, Suite] = {
             "the block manager: steps, prompts, memory, and vLLM's manager where vllm is installed",
             "pagedgen.autotune.suites.manager",
             takes_traces=True,
+        ),
+        Suite(
+            "block-sizes-gpu",
+            "decode on this GPU against block size and run coverage; for explore --kernel-times",
+            "pagedgen.autotune.suites.block_sizes_gpu",
         ),
     )
 }

@@ -158,6 +158,7 @@ def pagedgen(
       [b]pagedgen tune[/] --model qwen3-32b --tp 4 --out qwen3-32b.pack
       [b]pagedgen generate[/] --gpu h100 --block-size 64      read the kernel
       [b]pagedgen explain[/] --gpu h100 --workload 32x8192    why should it be fast?
+      [b]pagedgen explore[/] --gpu h100 --trace chat.csv      which block size?
 
     \b
     Then, where the model is served:
@@ -648,8 +649,8 @@ def explore(
 
     \b
       [b]pagedgen explore[/] --gpu h100 --trace azure.csv --html report.html
-      [b]pagedgen explore[/] --gpu h100 --model llama-3-8b --memory 40GiB --adaptive --trace chat.csv
-      [b]pagedgen explore[/] --gpu a100 --trace mooncake.jsonl --rate-factor 0.5 --json > explored.json
+      [b]pagedgen explore[/] --gpu h100 --memory 40GiB --adaptive --trace chat.csv
+      [b]pagedgen explore[/] --gpu a100 --trace mooncake.jsonl --rate-factor 0.5
     """
     from pagedgen.cli.explore import run
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -111,6 +115,45 @@ def test_outputs_are_checked_first(tmp_path):
     assert "a file is expected" in run(*COMMON, "--html", tmp_path, code=1).stderr
     (tmp_path / "x").write_text("")
     assert "a folder is expected" in run(*COMMON, "--plots", tmp_path / "x", code=1).stderr
+
+
+def test_an_ended_exploration_ends_at_once_and_leaves_nothing(tmp_path):
+    """A run that would take a minute is ended in its midst; its processes end with it."""
+    command = [
+        sys.executable,
+        "-m",
+        "pagedgen",
+        "explore",
+        "--gpu",
+        "h100",
+        "--memory",
+        "40GiB",
+        "--jobs",
+        "2",
+    ]
+    trace = tmp_path / "t.csv"
+    trace.write_text("200,4000\n" * 4000)
+    page = tmp_path / "r.html"
+    job = subprocess.Popen([*command, "--trace", str(trace), "--html", str(page)], stderr=subprocess.DEVNULL)
+    children: list[str] = []
+    begin = time.monotonic()
+    while len(children) < 3 and time.monotonic() < begin + 60:  # two simulations and what tracks them
+        time.sleep(0.2)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    time.sleep(1)
+    job.terminate()
+    assert job.wait(20) == 128 + 15
+    begin = time.monotonic()
+    while any(map(_runs, children)) and time.monotonic() < begin + 5:
+        time.sleep(0.1)
+    assert [pid for pid in children if _runs(pid)] == [] and not page.exists()
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_models_with_windows_are_warned_of():

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ import pytest
 
 from pagedgen.autotune.database import Database
 from pagedgen.autotune.explore import explorer, table
-from pagedgen.autotune.explore.explorer import Exploration, contiguous, explore
+from pagedgen.autotune.explore.explorer import BLOCK_SIZES, Exploration, contiguous, explore
 from pagedgen.autotune.explore.load import Arrivals, Load
 from pagedgen.autotune.explore.report import Report
 from pagedgen.errors import InvalidValue, MalformedFile
@@ -56,14 +57,15 @@ def report() -> Report:
     prefixed = Trace(
         '<two> & "prefixes"', tuple(Request(600 + i, 20, 0.1 * i, (i % 3, i + 3), i) for i in range(40))
     )
-    return explore(exploration(adaptive=True), [(some(), CLOSED, False), (prefixed, CLOSED, True)])
+    what = exploration(adaptive=True, block_sizes=BLOCK_SIZES)
+    return explore(what, [(some(), CLOSED, False), (prefixed, CLOSED, True)])
 
 
 def test_a_report_holds_every_policy_and_goes_through_json(report):
-    names = ["16", "64", "128", "adaptive", "bound"]
+    names = ["1", "8", "16", "32", "64", "128", "256", "adaptive", "bound"]
     for trace in report.traces:
         assert [o.name for o in trace.outcomes] == names
-        assert trace.recommendation.policy in names[:3] and set(trace.pareto) <= set(names[:4])
+        assert trace.recommendation.policy in names[:7] and set(trace.pareto) <= set(names[:8])
         assert [v.policy for v in trace.verdicts] == ["adaptive", "bound", f"controller ({trace.controller})"]
         assert {s.policy for s in trace.contiguous} <= {"Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged"}
     assert report.predicted and report.origins == (f"predicted by the cost model ({', '.join(names)})",)
@@ -73,10 +75,10 @@ def test_a_report_holds_every_policy_and_goes_through_json(report):
 
 def test_processes_change_nothing_and_progress_is_told(report):
     told = []
-    what = exploration(adaptive=True)
+    what = exploration(adaptive=True, block_sizes=BLOCK_SIZES)
     again = explore(what, [(some(), CLOSED, False)], jobs=2, progress=lambda *row: told.append(row))
     assert codec.dumps(again.traces[0]) == codec.dumps(report.traces[0])
-    assert told[-1] == ("sample-trace", 300, 300) and [t[1] for t in told] == sorted(t[1] for t in told)
+    assert told[-1] == ("sample-trace", 540, 540) and [t[1] for t in told] == sorted(t[1] for t in told)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,33 @@ def test_tables_say_it_in_words(report):
     )
     assert dict(table.facts(report))["KV pool"] == "2.15 GB, 16,384 tokens of bf16"
     assert [table.size(n) for n in (0, 1234, 2.5e6, 3e9)] == ["0", "1.23 kB", "2.5 MB", "3 GB"]
+
+
+def test_the_document_is_made_from_reports(report, tmp_path, monkeypatch):
+    """The script behind docs/block_sizes.md, on a copy: tables between their markers, data, pictures."""
+    pytest.importorskip("matplotlib")
+    script = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "block_sizes.py"
+    module = module_from_spec(spec := spec_from_file_location("block_sizes", script))
+    spec.loader.exec_module(module)
+    text = module.DOCUMENT.read_text(encoding="utf-8")
+    (tmp_path / "document.md").write_text(text, encoding="utf-8")
+    for name, place in (
+        ("HERE", tmp_path),
+        ("DOCUMENT", tmp_path / "document.md"),
+        ("IMAGES", tmp_path / "images"),
+    ):
+        monkeypatch.setattr(module, name, place)
+    (tmp_path / "report.json").write_text(codec.dumps(report), encoding="utf-8")
+    module.main([str(tmp_path / "report.json")])
+    made = (tmp_path / "document.md").read_text(encoding="utf-8")
+    assert (
+        "| sample-trace; 2 GiB | " in made and made.count("<!-- end -->") == text.count("<!-- end -->") == 5
+    )
+    data = json.loads((tmp_path / "block-sizes.json").read_text(encoding="utf-8"))
+    assert [len(entry["outcomes"]) for entry in data["entries"]] == [9, 9]
+    assert all(len(row) == len(data["columns"]) for entry in data["entries"] for row in entry["outcomes"])
+    assert data["entries"][0]["command"] == "pagedgen explore"
+    assert len(list((tmp_path / "images").glob("*.png"))) == 4
 
 
 class Images(HTMLParser):
