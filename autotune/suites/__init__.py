@@ -58,6 +58,11 @@ SUITES: dict[str, Suite] = {
             "pagedgen.autotune.suites.manager",
             takes_traces=True,
         ),
+        Suite(
+            "block-sizes-gpu",
+            "decode on this GPU against block size and run coverage; for explore --kernel-times",
+            "pagedgen.autotune.suites.block_sizes_gpu",
+        ),
     )
 }
 

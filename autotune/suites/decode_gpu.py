@@ -118,7 +118,7 @@ def run(note: Note) -> Report:
     for spec in grid():
         jobs.append(Job(f"grid {spec.name}", spec, GRID_WORKLOAD, GRID_ROUNDS, with_peers=False))
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        _compile(jobs, target, shop, note)
+        compile_picks(jobs, target, shop, note)
         cases = []
         for number, job in enumerate(jobs, 1):
             cases.append(_case(job, target, Path(folder), shop))
@@ -129,7 +129,7 @@ def run(note: Note) -> Report:
     return Report.of("decode-gpu", target, cases, notes)
 
 
-def _compile(jobs: Sequence[Job], target: Target, shop: Workshop, note: Note) -> None:
+def compile_picks(jobs: Sequence[Job], target: Target, shop: Workshop, note: Note) -> None:
     """Fill the binary cache in parallel with what the cases will pick; a failure shows up in its case.
 
     Without a record that is the schedule nearest the default that does not spill, so a spec stays pending

@@ -17,6 +17,7 @@ EXTRAS = {
     "platformdirs": "tune",
     "triton": "tune",
     "tvm": "cpu",
+    "matplotlib": "plot",
 }
 
 

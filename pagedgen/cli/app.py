@@ -158,6 +158,7 @@ def pagedgen(
       [b]pagedgen tune[/] --model qwen3-32b --tp 4 --out qwen3-32b.pack
       [b]pagedgen generate[/] --gpu h100 --block-size 64      read the kernel
       [b]pagedgen explain[/] --gpu h100 --workload 32x8192    why should it be fast?
+      [b]pagedgen explore[/] --gpu h100 --trace chat.csv      which block size?
 
     \b
     Then, where the model is served:
@@ -529,6 +530,154 @@ def stats(
     from pagedgen.cli.stats import run
 
     run(trace, block_size=block_size, pool_tokens=pool_tokens, requests=requests, steps=steps, as_json=json)
+
+
+@app.command()
+def explore(
+    gpu: Gpu = None,
+    model: Model = None,
+    tp: Tp = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="KV pool of a rank: 40GiB. Default: what the weights and a tenth of the GPU leave.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Host memory that preempted sequences may be swapped to. Default: none.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="f16, bf16, fp8_e4m3, fp8_e5m2. Default: the model's.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    block_sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Tokens a block. Default: 1,8,16,32,64,128,256.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    adaptive: Annotated[
+        bool,
+        typer.Option(
+            "--adaptive",
+            help="Adaptive blocks and a controller as well, judged against 64 and 128.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Requests: CSV (Azure, Sarathi, two columns), JSON lines (Mooncake) or a histogram "
+            "(FILE#FAMILY). May be repeated. Default: [b]sample[/], which ships with pagedgen.",
+            rich_help_panel="Traffic",
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many of each trace.", rich_help_panel="Traffic"),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Closed loop: N requests at a time, running or waiting. The default, with --max-num-seqs.",
+            rich_help_panel="Traffic",
+        ),
+    ] = None,
+    rate_factor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Open loop: the trace's own times, at X times its rate.",
+            rich_help_panel="Traffic",
+        ),
+    ] = None,
+    request_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R", help="Open loop: R requests a second, at random.", rich_help_panel="Traffic"
+        ),
+    ] = None,
+    prefix_caching: Annotated[
+        bool | None,
+        typer.Option(
+            help="Default: where the trace says which prompts begin alike.", rich_help_panel="Traffic"
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Sequences that run at a time.", rich_help_panel=HOW)
+    ] = 1024,
+    max_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens a step, prompts in pieces.", rich_help_panel=HOW)
+    ] = 2048,
+    kernel_times: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measured times: what [b]pagedgen bench --suite block-sizes-gpu --json[/] wrote. "
+            "Records of this GPU come first; where neither is known, times are predicted.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes. Default: 2, where there are cores.", rich_help_panel=HOW)
+    ] = None,
+    seed: Seed = 0,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A report with plots, in one file.", rich_help_panel=OUTPUT),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The plots as PNG.", rich_help_panel=OUTPUT)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Find the block size for a traffic: memory, batches and speed of every size, simulated.
+
+    Requests run through the project's own block manager under a continuous-batching scheduler; the clock is
+    that of measured kernel times where there are any, else of [b]predicted[/] ones, and a roofline.
+
+    \b
+      [b]pagedgen explore[/] --gpu h100 --trace azure.csv --html report.html
+      [b]pagedgen explore[/] --gpu h100 --memory 40GiB --adaptive --trace chat.csv
+      [b]pagedgen explore[/] --gpu a100 --trace mooncake.jsonl --rate-factor 0.5
+    """
+    from pagedgen.cli.explore import run
+
+    run(
+        gpu=gpu,
+        model=model,
+        tp=tp,
+        memory=memory,
+        kv_dtype=kv_dtype,
+        block_sizes=block_sizes,
+        adaptive=adaptive,
+        traces=[Path(path) for path in trace or ()],
+        requests=requests,
+        concurrency=concurrency,
+        rate_factor=rate_factor,
+        request_rate=request_rate,
+        prefix_caching=prefix_caching,
+        host_memory=host_memory,
+        max_num_seqs=max_num_seqs,
+        max_batched_tokens=max_batched_tokens,
+        kernel_times=kernel_times,
+        jobs=jobs,
+        seed=seed,
+        html=html,
+        plots=plots,
+        as_json=json,
+    )
 
 
 @app.command()

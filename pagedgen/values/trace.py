@@ -3,9 +3,11 @@
 Formats are recognised by content, whatever the file is called:
 
 - CSV with a header that names the columns: ``ContextTokens,GeneratedTokens`` (Azure's public traces, with
-  ``TIMESTAMP``), ``num_prefill_tokens,num_decode_tokens``, ``prompt_tokens,output_tokens`` and the like;
+  ``TIMESTAMP``), ``num_prefill_tokens,num_decode_tokens``, ``prompt_tokens,output_tokens`` and the like; a
+  column ``timestamp``, ``arrival_time`` or ``arrived_at`` holds dates and times, or seconds;
 - CSV without a header: prompt and output length, two integers a line;
-- JSON lines with ``input_length`` and ``output_length`` (Mooncake's public traces);
+- JSON lines with ``input_length`` and ``output_length`` (Mooncake's public traces), with ``timestamp`` in
+  milliseconds and ``hash_ids``, one for each 512 tokens of the prompt: equal ids, equal content;
 - JSON with histograms, ``{family: {"input_tokens": {length: share}, "output_tokens": {…}}}``, from which
   requests are drawn; ``FILE#FAMILY`` names one of several families.
 
@@ -20,8 +22,9 @@ import math
 import random
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +48,58 @@ OUTPUT_COLUMNS = (
     "output_length",
     "output",
 )
+TIME_COLUMNS = ("timestamp", "arrival_time", "arrived_at")
+PREFIX_TOKENS = 512  # of a prompt that one of its hash ids stands for
 HISTOGRAM_REQUESTS = 4096  # drawn from a histogram
 LONGEST = 1 << 24  # tokens; more than any context, so a larger number is a damaged line
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Request:
-    """Lengths of one request, in tokens."""
+    """Lengths of one request, in tokens, and what else the file says of it.
+
+    ``arrival`` is in seconds after the first request; ``prefix`` names the content of the prompt, one id for
+    each ``PREFIX_TOKENS`` tokens (the last id may stand for fewer), or is empty where nothing is known;
+    ``line`` is where the request stands in its file, 0 for one that was drawn.
+    """
 
     prompt: int
     output: int
+    arrival: float = 0.0
+    prefix: tuple[int, ...] = ()
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Requests in the order of the file.
+    """Requests in the order of the file; in that of their arrival where it has times.
+
+    ``source`` is the file that they were read from.
 
     Raises:
-        InvalidValue: there are none.
+        InvalidValue: there are none, or one arrives before its predecessor.
     """
 
     name: str
     requests: tuple[Request, ...]
+    source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.requests:
             raise InvalidValue("requests", (), "at least one request is expected")
+        for before, after in pairwise(self.requests):
+            if after.arrival < before.arrival:
+                raise InvalidValue("arrival", after.arrival, f"at least {before.arrival}, as the one before")
+
+    @property
+    def has_times(self) -> bool:
+        """Whether requests arrive at different times."""
+        return self.requests[-1].arrival > 0
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Whether any prompt's content is known."""
+        return any(request.prefix for request in self.requests)
 
     def batch(self, num_seqs: int, seed: int = 0, *, max_seq_len: int = 0) -> Workload:
         """A snapshot of ``num_seqs`` sequences that decode at the same time.
@@ -134,23 +163,46 @@ def read_trace(path: str | Path, seed: int = 0) -> Trace:
         requests = _read_jsonl(where, text)
     if not requests:
         raise MalformedFile(where, "line 1", "no request in the file")
-    return Trace(name, tuple(requests))
+    return Trace(name, _in_order(requests), str(where))
 
 
-def _length(path: Path, line: int, field: str, text: object) -> int:
+def _in_order(requests: Sequence[Request]) -> tuple[Request, ...]:
+    """By arrival, the first at 0; where times are equal or absent, as in the file."""
+    first = min(request.arrival for request in requests)
+    if first:
+        requests = [replace(request, arrival=request.arrival - first) for request in requests]
+    return tuple(sorted(requests, key=lambda request: request.arrival))
+
+
+def _seconds(path: Path, line: int, name: str, text: str) -> float:
+    """A time from a cell: a number of seconds, or a date and a time (without a zone, UTC)."""
+    try:
+        value = float(text)
+    except ValueError:
+        try:
+            at = datetime.fromisoformat(text)
+            value = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+        except ValueError:
+            value = math.nan
+    if not math.isfinite(value):
+        raise MalformedFile(path, f"line {line}", f"{name} = {text!r}: a date and time, or seconds, expected")
+    return value
+
+
+def _length(path: Path, line: int, name: str, text: object) -> int:
     """A length from a cell; ``918.0`` is one too."""
     try:
         value = float(str(text))
     except ValueError:
         value = math.nan
     if not (value.is_integer() and 0 <= value <= LONGEST):
-        raise MalformedFile(path, f"line {line}", f"{field} = {str(text)!r}: tokens, 0 or more, are expected")
+        raise MalformedFile(path, f"line {line}", f"{name} = {str(text)!r}: tokens, 0 or more, are expected")
     return int(value)
 
 
 def _read_csv(path: Path, text: str) -> list[Request]:
     requests = []
-    columns: tuple[int, int] | None = None
+    columns: tuple[int, ...] | None = None
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -165,20 +217,21 @@ def _read_csv(path: Path, text: str) -> list[Request]:
                 path, f"line {number}", f"{len(cells)} columns: {max(columns) + 1} are expected"
             )
         prompt, output = (
-            _length(path, number, field, cells[column])
-            for field, column in zip(("prompt", "output"), columns, strict=True)
+            _length(path, number, name, cells[column])
+            for name, column in zip(("prompt", "output"), columns[:2], strict=True)
         )
-        requests.append(Request(prompt, output))
+        arrival = _seconds(path, number, "arrival", cells[columns[2]]) if len(columns) > 2 else 0.0
+        requests.append(Request(prompt, output, arrival, line=number))
     return requests
 
 
-def _columns(path: Path, number: int, cells: list[str]) -> tuple[int, int] | None:
-    """Where prompt and output stand; None when the line is data already."""
+def _columns(path: Path, number: int, cells: list[str]) -> tuple[int, ...] | None:
+    """Where prompt, output and, if it is there, the time stand; None when the line is data already."""
     lower = [cell.lower() for cell in cells]
     prompt = next((lower.index(name) for name in PROMPT_COLUMNS if name in lower), None)
     output = next((lower.index(name) for name in OUTPUT_COLUMNS if name in lower), None)
     if prompt is not None and output is not None:
-        return prompt, output
+        return prompt, output, *(lower.index(name) for name in TIME_COLUMNS if name in lower)
     if len(cells) == 2 and all(cell.replace(".", "", 1).isdigit() for cell in cells):
         return None
     raise MalformedFile(
@@ -199,12 +252,27 @@ def _read_jsonl(path: Path, text: str) -> list[Request]:
         except json.JSONDecodeError as error:
             raise MalformedFile(path, f"line {number}", f"JSON: {error}") from error
         lengths = []
-        for field in ("input_length", "output_length"):
-            if not isinstance(row, dict) or field not in row:
-                raise MalformedFile(path, f"line {number}", f"an object with {field} is expected")
-            lengths.append(_length(path, number, field, row[field]))
-        requests.append(Request(*lengths))
+        for name in ("input_length", "output_length"):
+            if not isinstance(row, dict) or name not in row:
+                raise MalformedFile(path, f"line {number}", f"an object with {name} is expected")
+            lengths.append(_length(path, number, name, row[name]))
+        arrival = _seconds(path, number, "timestamp", str(row.get("timestamp", 0))) / 1000
+        prompt, output = lengths
+        requests.append(Request(prompt, output, arrival, _prefix(path, number, prompt, row), number))
     return requests
+
+
+def _prefix(path: Path, number: int, prompt: int, row: Mapping[str, Any]) -> tuple[int, ...]:
+    """The hash ids of a line: as many as the prompt has (begun) pieces, or none."""
+    ids = row.get("hash_ids", [])
+    if not isinstance(ids, list) or any(type(item) is not int or not 0 <= item < 1 << 31 for item in ids):
+        problem = f"hash_ids = {str(ids)[:40]!r}: a list of integers from 0 to 2147483647 is expected"
+        raise MalformedFile(path, f"line {number}", problem)
+    pieces = -(-prompt // PREFIX_TOKENS)
+    if ids and len(ids) != pieces:
+        problem = f"{len(ids)} hash_ids for {prompt} tokens: {pieces}, one for each {PREFIX_TOKENS}"
+        raise MalformedFile(path, f"line {number}", problem)
+    return tuple(ids)
 
 
 def _is_one_object(text: str) -> bool:

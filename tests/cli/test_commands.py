@@ -24,7 +24,19 @@ def run(*arguments: str, code: int = 0):
     return result
 
 
-COMMANDS = ("tune", "generate", "build", "bench", "explain", "verify", "targets", "models", "doctor", "stats")
+COMMANDS = (
+    "tune",
+    "generate",
+    "build",
+    "bench",
+    "explain",
+    "verify",
+    "targets",
+    "models",
+    "doctor",
+    "stats",
+    "explore",
+)
 
 
 def test_help_lists_the_commands_and_teaches_by_example():

@@ -27,20 +27,42 @@ PLAIN = "# prompt, output\n374,44\n396,109\n"
 
 
 @pytest.mark.parametrize(
-    "text", [AZURE, LENGTHS, MOONCAKE, PLAIN, "\ufeff" + AZURE, AZURE.replace("\n", "\r\n")]
+    ("text", "seconds", "prefix", "lines"),
+    [
+        (AZURE, 4.22, (), (2, 3)),
+        (LENGTHS, 0, (), (2, 3)),
+        (MOONCAKE, 0.009, (0,), (1, 3)),
+        (PLAIN, 0, (), (2, 3)),
+        ("\ufeff" + AZURE, 4.22, (), (2, 3)),
+        (AZURE.replace("\n", "\r\n"), 4.22, (), (2, 3)),
+        ("arrived_at,prompt,output\n100.5,374,44\n101.75,396,109\n", 1.25, (), (2, 3)),
+    ],
 )
-def test_formats_are_recognised_by_content(tmp_path, text):
+def test_formats_are_recognised_by_content(tmp_path, text, seconds, prefix, lines):
     path = tmp_path / "some_trace.txt"
     path.write_text(text, encoding="utf-8", newline="")
     trace = read_trace(path)
-    assert trace.requests == (Request(374, 44), Request(396, 109))
-    assert trace.name == "some-trace"
+    assert trace.requests == (
+        Request(374, 44, 0.0, prefix),
+        Request(396, 109, pytest.approx(seconds, abs=1e-6), prefix),
+    )
+    assert tuple(request.line for request in trace.requests) == lines
+    assert (trace.name, trace.source) == ("some-trace", str(path))
+    assert (trace.has_times, trace.has_prefixes) == (seconds > 0, bool(prefix))
+
+
+def test_requests_come_in_the_order_of_their_arrival(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("timestamp,prompt,output\n9,1,1\n7,2,2\n9,3,3\n", encoding="utf-8")
+    assert [(r.prompt, r.arrival) for r in read_trace(path).requests] == [(2, 0), (1, 2), (3, 2)]
+    with pytest.raises(InvalidValue, match="arrival = 1"):
+        Trace("t", (Request(1, 1, 2.0), Request(1, 1, 1.0)))
 
 
 def test_one_line_of_mooncake_is_no_histogram(tmp_path):
     path = tmp_path / "one.jsonl"
     path.write_text(MOONCAKE.splitlines()[0], encoding="utf-8")
-    assert read_trace(path).requests == (Request(374, 44),)
+    assert read_trace(path).requests == (Request(374, 44, 0.0, (0,)),)
 
 
 def _histogram(tmp_path, **families):
@@ -83,6 +105,12 @@ def test_one_of_several_histograms_has_to_be_named(tmp_path):
         (MOONCAKE + "{oops}\n", "line 4: JSON"),
         (MOONCAKE + '{"input_length": 3}\n', "line 4: an object with output_length"),
         (MOONCAKE.replace("109", "null"), "line 3: output_length = 'None'"),
+        (MOONCAKE.replace('"timestamp": 9', '"timestamp": "late"'), "line 3: timestamp = 'late'"),
+        (MOONCAKE.replace("[0]", "[0, 1]"), "line 1: 2 hash_ids for 374 tokens: 1, one for each 512"),
+        (MOONCAKE.replace("[0]", "[-1]"), "line 1: hash_ids = '[-1]'"),
+        (MOONCAKE.replace("[0]", '"a"'), "line 1: hash_ids = 'a'"),
+        (AZURE.replace("2023-11-16 18:15:50.9", "yesterday"), "line 3: arrival = 'yesterday'"),
+        (AZURE.replace("2023-11-16 18:15:50.9", "inf"), "line 3: arrival = 'inf'"),
         (MOONCAKE + "[3]\n", "line 4: an object with input_length"),
         ("{}", "line 1: no family"),
         ('{"a": {"input_tokens": {"x": 1}, "output_tokens": {"1": 1}}}', "input_tokens: a histogram is"),

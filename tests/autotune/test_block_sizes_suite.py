@@ -1,0 +1,183 @@
+"""The block-size suite without a GPU: aged tables, what is timed, and the path from kernels to the file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pagedgen.autotune import worker
+from pagedgen.autotune.explore.kernel_time import kernel_time
+from pagedgen.autotune.explore.timings import KernelTimings
+from pagedgen.autotune.suites import block_sizes_gpu, run_suite
+from pagedgen.autotune.suites.block_sizes_gpu import (
+    BATCHES,
+    BLOCK_SIZES,
+    COVERAGES,
+    aged_contenders,
+    aged_table,
+    coverages,
+    groups,
+    timing,
+)
+from pagedgen.autotune.suites.contest import Contender, contest
+from pagedgen.compiler.verify import make_inputs, reference
+from pagedgen.errors import CompileError, DeviceMissing
+from pagedgen.values.record import Status
+from pagedgen.values.spec import DType, KernelSpec, KInner, Op
+from pagedgen.values.target_table import target
+from pagedgen.values.workload import Workload
+
+
+def coverage_of(table: np.ndarray, block_size: int) -> float:
+    """Share of blocks in runs of 64 tokens or more, block by block."""
+    covered = 0
+    for row in table:
+        length = 1
+        for i in range(1, row.size + 1):
+            if i < row.size and row[i] == row[i - 1] + 1:
+                length += 1
+                continue
+            covered += length if length * block_size >= 64 else 0
+            length = 1
+    return covered / table.size
+
+
+@pytest.mark.parametrize("coverage", COVERAGES)
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32])
+def test_aged_tables_have_the_coverage_that_they_say(block_size, coverage):
+    num_seqs, blocks = 16, 1024 // block_size
+    num_blocks = num_seqs * blocks + 3  # as make_inputs has them: no room to choose
+    table = aged_table(num_seqs, blocks, num_blocks, block_size, coverage, seed=1)
+    assert table.shape == (num_seqs, blocks) and table.dtype == np.int32
+    assert np.unique(table).size == table.size and table.min() >= 0 and table.max() < num_blocks
+    assert coverage_of(table, block_size) == pytest.approx(coverage, abs=0.02)
+    assert (table == aged_table(num_seqs, blocks, num_blocks, block_size, coverage, seed=1)).all()
+    assert (table != aged_table(num_seqs, blocks, num_blocks, block_size, coverage, seed=2)).any()
+    runs = table.reshape(-1, 64 // block_size)
+    if coverage == 1:  # runs are aligned, and in no order
+        assert (runs[:, 0] % (64 // block_size) == 0).all()
+        assert (np.diff(runs[:, 0]) == 64 // block_size).mean() < 0.1
+
+
+def test_large_blocks_are_runs_themselves():
+    assert [coverages(size) for size in (32, 64, 256)] == [COVERAGES, (1.0,), (1.0,)]
+    table = aged_table(4, 8, 35, 64, 1.0, 0)
+    assert np.unique(table).size == 32 and (np.diff(table) != 1).mean() > 0.8
+
+
+def test_the_groups_are_what_was_promised():
+    todo = groups()
+    specs = {spec for group in todo for spec in group.specs}
+    assert len(todo) == 2 * 2 * len(BATCHES)
+    assert {(s.head_dim, s.kv_dtype) for s in specs} == {
+        (dim, kv) for dim in (64, 128) for kv in (DType.F16, DType.FP8_E4M3)
+    }
+    assert all([spec.block_size for spec in group.specs] == list(BLOCK_SIZES) for group in todo)
+    assert todo[0].name == "head_dim 64, f16, 8x4096"
+
+
+def test_kernels_read_the_aged_table(cpu_kernels, tmp_path):
+    """A CPU kernel through the same path: it is gated, and its result is that of the table it was given."""
+    spec, workload, where = cpu_kernels
+    found = aged_contenders(spec, where, workload, "cpu", tmp_path)
+    assert [coverage for coverage, _ in found] == list(COVERAGES)
+    rows, _ = contest([contender for _, contender in found], 2)
+    assert all(row.samples_us and not row.failure for row in rows)
+    assert len({row.contender for row in rows}) == 4
+    contender = found[1][1]
+    inputs = contender.clock._call.__defaults__[0]
+    contender.clock._call(0)
+    expected = reference(spec, inputs[0])[0]
+    assert (inputs[0].out.double() - expected).abs().max() < 1e-3
+    fresh = make_inputs(spec, workload.seq_lens, "cpu", 0, pool="hnd", poison=False)
+    assert (inputs[0].block_table != fresh.block_table).any()
+
+
+@pytest.fixture
+def cpu_kernels(tmp_path, monkeypatch):
+    pytest.importorskip("tvm")
+    monkeypatch.setenv("PAGEDGEN_CACHE_DIR", str(tmp_path / "cache"))
+    spec = KernelSpec(Op.DECODE, 64, 4, 2, 16, DType.F32, DType.F32, k_inner=KInner.DIM)
+    return spec, Workload.uniform(3, 256), target("cpu")
+
+
+class FakeClock:
+    """A kernel whose time is known."""
+
+    def __init__(self, us: float) -> None:
+        self.us = us
+
+    def warm(self) -> None:
+        """Nothing to do."""
+
+    def sample(self) -> float:
+        return self.us
+
+
+class Here:
+    """A worker that is this process."""
+
+    def __init__(self, *_: object) -> None:
+        self.worker, self.pool, self.killed = self, None, 0
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def call(self, function, group, *more, timeout_s):
+        if group.workload.num_seqs == 256 and group.specs[0].head_dim == 64:
+            raise worker.WorkerLost("the process died")
+        return function(group, *more)
+
+    def kill(self) -> None:
+        self.killed += 1
+
+
+def test_from_kernels_to_the_explorer(tmp_path, monkeypatch):
+    """The whole suite with kernels whose times are made up: failures are kept, the rest is read back."""
+
+    def fake(spec, where, workload, device, folder):
+        if spec.block_size == 8:
+            raise CompileError("spills")
+        return [
+            (c, Contender(f"{spec.block_size} {c}", FakeClock(100 + spec.block_size - 20 * c), 1))  # type: ignore[arg-type]
+            for c in coverages(spec.block_size)
+        ]
+
+    h100 = target("h100")
+    monkeypatch.setattr(block_sizes_gpu, "gpu_target", lambda: h100)
+    monkeypatch.setattr(block_sizes_gpu, "device_of", lambda _: type("D", (), {"present": True}))
+    monkeypatch.setattr(block_sizes_gpu, "Workshop", Here)
+    monkeypatch.setattr(block_sizes_gpu, "compile_picks", lambda *_: None)
+    monkeypatch.setattr(block_sizes_gpu, "gpu_read_gbs", lambda: 3000.0)
+    monkeypatch.setattr(block_sizes_gpu, "aged_contenders", fake)
+    noted: list[str] = []
+    report = run_suite("block-sizes-gpu", tmp_path / "t.json", noted.append)
+    assert KernelTimings.load(tmp_path / "t.json") == report and report.read_gbs == 3000
+    assert report.environment.target == "h100-sxm"
+    assert report.notes == tuple(
+        f"head_dim 64, {kv}, 256x1024: WorkerLost: the process died" for kv in ("f16", "fp8_e4m3")
+    )
+    assert len({(row.spec, row.num_seqs) for row in report.rows}) == 7 * (4 * len(BATCHES) - 2)
+    failed = [row for row in report.rows if row.spec.block_size == 8]
+    assert failed and all(row.failure == "CompileError: spills" for row in failed)
+    spec = groups()[3].specs[2]
+    found = kernel_time(spec, h100, 64, 4096, report)
+    assert found.status is Status.MEASURED
+    assert found.at(64, 64 * 2048) == pytest.approx(116) and found.factor(1.0) == pytest.approx(96 / 116)
+    assert "head_dim 64" in noted[0] and any("block size 1" in line for line in noted)
+    assert any("failed" in line for line in report.lines())
+
+
+def test_a_row_that_failed_has_no_samples():
+    spec = groups()[0].specs[0]
+    row = timing(spec, BATCHES[0], 0.5, "no")
+    assert (row.samples_us, row.failure, row.num_tokens) == ((), "no", 8 * 4096)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DeviceMissing, match="gpu 0"):
+        run_suite("block-sizes-gpu", None, print)
