@@ -213,5 +213,6 @@ def _command() -> str:
         elif word in ("--html", "--plots", "--jobs"):
             skip = True
         elif word != "--json" and not word.startswith(("--html=", "--plots=", "--jobs=")):
-            words.append(Path(word).name if "/" in word else word)
+            file, mark, family = word.partition("#")
+            words.append((Path(file).name if "/" in file else file) + mark + family)
     return shlex.join(words)

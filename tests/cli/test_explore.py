@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pagedgen.cli.app import app
-from pagedgen.cli.explore import size
+from pagedgen.cli.explore import _command, size
 from pagedgen.errors import InvalidValue
 
 runner = CliRunner()
@@ -109,6 +109,13 @@ def test_malformed_traces_are_named_with_their_line(tmp_path):
     trace = tmp_path / "t.csv"
     trace.write_text("10,20\n10,-1\n")
     assert f"{trace}: line 2: output = '-1'" in run(*COMMON, "--trace", trace, code=1).stderr
+
+
+def test_the_report_says_how_to_make_it_again(monkeypatch):
+    given = ["pagedgen", "explore", "--json", "--trace", "a/b.json#data/x", "--jobs", "2", "--html=c/d.html"]
+    given += ["--plots", "e", "--seed", "3"]
+    monkeypatch.setattr("sys.argv", given)
+    assert _command() == "pagedgen explore --trace 'b.json#data/x' --seed 3"
 
 
 def test_outputs_are_checked_first(tmp_path):
