@@ -220,12 +220,10 @@ class Decode:
                                     STATE[(hb * 2 + h) * 128 + (cb * 8 + j) * 16 + i] * alpha[hb * 2 + h]
                                 )
                     for r in T.serial(16):
-                        step = (hb * 1 + cb) * 16 + r  # of 32
-                        late = step + 4 - step // 8  # 7 of 8 steps fetch, beginning after the rows that the softmax asked for
-                        if step % 8 != 7:
-                            for n in T.unroll(8):
-                                for l in T.unroll(2):
-                                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[n * 16 + late // 2] + (late % 2 * 4 // 2 + l) * 32]), 0, 2, 1))
+                        step = (hb * 1 + cb) * 16 + r  # of 32, over which 448 prefetches are spread
+                        for l in T.unroll(14):
+                            line = step * 14 + l + 64
+                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 8 * 16 + line // 32] + line // 8 % 4 * 32]), 0, 2, 1))
                         for n in T.unroll(8):
                             t = n * 16 + r
                             x = T.alloc_local((128,), "float32")
