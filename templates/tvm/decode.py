@@ -144,15 +144,16 @@ class TvmDecode(Family):
         v_vectors = divisors(row, 16)
         # The defaults are what was fastest on Zen 4. K is decoded once, for all heads of the group. V is read
         # in whole rows, as it lies in memory, though it is decoded again for every two heads: 1.1x half rows.
-        # fp8 and groups of 16 and more are bound by compute, and take more heads at once.
+        # fp8 and wide groups are bound by compute: four heads at once, all of a group of 16, where V then is
+        # decoded once.
         half = level.registers // 2
         k_head = _nearest(k_heads, half if inner else 4)
-        v_head = _nearest(heads, max(4 if spec.kv_dtype.is_fp8 else 1, half // v_vectors[-1], group // 4))
+        fp8 = spec.kv_dtype.is_fp8
+        v_wanted = max(4 if fp8 else 1, half // v_vectors[-1], group // 4)
+        v_head = _nearest(heads, group if group >= 16 and not fp8 else v_wanted)
         return (
             Field("lanes", lanes, lanes[-1], "float32 lanes of a vector"),
-            Field(
-                "tile", (16, 32, 64, 128), 64 if spec.kv_dtype.is_fp8 else 128, "tokens processed together"
-            ),
+            Field("tile", (16, 32, 64, 128), 64 if fp8 else 128, "tokens processed together"),
             Field("dot", dots, dots[-1], "products in float32 (FMA) or on bf16 pairs (vdpbf16ps)"),
             Field("k_heads", k_heads, k_head, "query heads of the register block of q @ K^T"),
             Field(
@@ -296,8 +297,10 @@ class TvmDecode(Family):
         shape = Shape.of(spec, target, schedule)
         inner, fp8, lanes, element = token_inner(spec), spec.kv_dtype.is_fp8, shape.lanes, spec.kv_dtype.size
         rows = (4 if fp8 else 2) if shape.dot else 1
-        piece = min(shape.unit, shape.k_vectors * lanes)
-        step = max(rows, min(8, LINE_BYTES // (piece * element))) if inner else 1
+        step = max(rows, min(8, LINE_BYTES // (shape.unit * element))) if inner else 1
+        # Lines of a unit of K along tokens: several rows share one, or a row has several.
+        line_rows = 1 << min(3, max(1, LINE_BYTES // (spec.block_size * element)).bit_length() - 1)
+        line_cols = max(1, shape.unit * element // LINE_BYTES)
         low, high = bf16_table(spec.kv_dtype) if fp8 else ([], [])
         if fp8:
             storage = "uint8" if shape.dot else "int8" if spec.kv_dtype is DType.FP8_E4M3 else "uint8"
@@ -332,8 +335,9 @@ class TvmDecode(Family):
             "W": min(shape.unit, lanes),
             "ROWS": rows,
             "STEP": step,
-            "PIECE": piece,
-            "LINES": max(1, piece * element // LINE_BYTES),
+            "LINE_ROWS": line_rows,
+            "LINE_COLS": line_cols,
+            "UNIT_LINES": spec.head_dim // line_rows * line_cols,
             "LINE": LINE_BYTES // element,
             "CHUNK": 64 if fp8 else 2 * lanes,
             "level": PREFETCH_LEVELS[str(schedule["into"])],

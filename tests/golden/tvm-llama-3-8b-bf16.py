@@ -1,4 +1,4 @@
-# decode_d45bca84_46d48b37: paged attention decode on a CPU, for one KV head of one sequence at a time
+# decode_550d0140_46d48b37: paged attention decode on a CPU, for one KV head of one sequence at a time
 # spec      decode-h128-q32-kv8-b16-bf16-ktoken
 # schedule  ahead1-dotbf16-intol2-k_heads4-k_vectors4-lanes16-streams8-tile128-v_heads2-v_vectors8
 # target    x86_64-avx512bf16; pagedgen 0.1.0
@@ -63,7 +63,7 @@ class Decode:
         v_stride: T.int64,  # of tokens
         scale: T.float32,  # of scores, to base 2
     ):
-        T.func_attr({"global_symbol": "decode_d45bca84_46d48b37_tiles", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "decode_550d0140_46d48b37_tiles", "calling_conv": 3, "tirx.noalias": True})
         T.attr(T.int32(0), "pragma_import_llvm", LLVM)
         Q = T.decl_buffer((1,), "uint16", data=q)
         K = T.decl_buffer((1,), "uint16", data=k)
@@ -99,8 +99,10 @@ class Decode:
                         for i in T.vectorized(16):
                             acc[j * 16 + i] = T.float32(0)
                     for db in T.serial(64):
-                        for n in T.unroll(4):
-                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(K[KU[tile * 8 + (tb * 64 + n * 16) // 16 + 8] + (tb * 64 + n * 16) % 16 + db * 2 * k_stride]), 0, 2, 1))
+                        step = (hb * 2 + tb) * 64 + db  # of 128, over which 512 prefetches are spread
+                        for l in T.unroll(4):
+                            line = step * 4 + l
+                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(K[KU[tile * 8 + 8 + line // 256 * 4 + line % 4] + line // 4 % 64 * 2 * k_stride]), 0, 2, 1))
                         for db_row in T.unroll(1):
                             raw = T.alloc_local((128,), "uint16")  # [2, 64]
                             for r in T.unroll(2):
@@ -194,12 +196,10 @@ class Decode:
                                     STATE[(hb * 2 + h) * 128 + (cb * 8 + j) * 16 + i] * alpha[hb * 2 + h]
                                 )
                     for r in T.serial(16):
-                        step = (hb * 1 + cb) * 16 + r  # of 32
-                        late = step + 4 - step // 8  # 7 of 8 steps fetch, beginning after the rows that the softmax asked for
-                        if step % 8 != 7:
-                            for n in T.unroll(8):
-                                for l in T.unroll(2):
-                                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[n * 16 + late // 2] + (late % 2 * 4 // 2 + l) * 32]), 0, 2, 1))
+                        step = (hb * 1 + cb) * 16 + r  # of 32, over which 448 prefetches are spread
+                        for l in T.unroll(14):
+                            line = step * 14 + l + 64
+                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 8 * 16 + line // 32] + line // 8 % 4 * 32]), 0, 2, 1))
                         for n in T.unroll(4):
                             t = n * 16 + r
                             for j in T.unroll(4):
@@ -237,7 +237,7 @@ class Decode:
         out_stride: T.int64,  # of heads
         scale: T.float32,  # of V
     ):
-        T.func_attr({"global_symbol": "decode_d45bca84_46d48b37_merge", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "decode_550d0140_46d48b37_merge", "calling_conv": 3, "tirx.noalias": True})
         S = T.decl_buffer((1,), "float32", data=states)
         AT = T.decl_buffer((1,), "int64", data=offsets)
         O = T.decl_buffer((1,), "uint16", data=out)

@@ -1,4 +1,4 @@
-# decode_25a0f7a6_ac33e3fa: paged attention decode on a CPU, for one KV head of one sequence at a time
+# decode_6b0cddd0_ac33e3fa: paged attention decode on a CPU, for one KV head of one sequence at a time
 # spec      decode-h128-q32-kv8-b1-f16
 # schedule  ahead1-dotf32-intol2-k_heads4-k_vectors1-lanes16-streams8-tile128-v_heads2-v_vectors8
 # target    x86_64-avx512bf16; pagedgen 0.1.0
@@ -90,7 +90,7 @@ class Decode:
         v_stride: T.int64,  # of tokens
         scale: T.float32,  # of scores, to base 2
     ):
-        T.func_attr({"global_symbol": "decode_25a0f7a6_ac33e3fa_tiles", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "decode_6b0cddd0_ac33e3fa_tiles", "calling_conv": 3, "tirx.noalias": True})
         T.attr(T.int32(0), "pragma_import_llvm", LLVM)
         Q = T.decl_buffer((1,), "float16", data=q)
         K = T.decl_buffer((1,), "float16", data=k)
@@ -220,12 +220,10 @@ class Decode:
                                     STATE[(hb * 2 + h) * 128 + (cb * 8 + j) * 16 + i] * alpha[hb * 2 + h]
                                 )
                     for r in T.serial(16):
-                        step = (hb * 1 + cb) * 16 + r  # of 32
-                        late = step + 4 - step // 8  # 7 of 8 steps fetch, beginning after the rows that the softmax asked for
-                        if step % 8 != 7:
-                            for n in T.unroll(8):
-                                for l in T.unroll(2):
-                                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[n * 16 + late // 2] + (late % 2 * 4 // 2 + l) * 32]), 0, 2, 1))
+                        step = (hb * 1 + cb) * 16 + r  # of 32, over which 448 prefetches are spread
+                        for l in T.unroll(14):
+                            line = step * 14 + l + 64
+                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 8 * 16 + line // 32] + line // 8 % 4 * 32]), 0, 2, 1))
                         for n in T.unroll(8):
                             t = n * 16 + r
                             x = T.alloc_local((128,), "float32")
@@ -251,7 +249,7 @@ class Decode:
         out_stride: T.int64,  # of heads
         scale: T.float32,  # of V
     ):
-        T.func_attr({"global_symbol": "decode_25a0f7a6_ac33e3fa_merge", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "decode_6b0cddd0_ac33e3fa_merge", "calling_conv": 3, "tirx.noalias": True})
         S = T.decl_buffer((1,), "float32", data=states)
         AT = T.decl_buffer((1,), "int64", data=offsets)
         O = T.decl_buffer((1,), "float16", data=out)

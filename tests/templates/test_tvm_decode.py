@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from pagedgen.runtime.library import Library
 from pagedgen.templates.tvm.decode import EXP2, FAMILY, LEVELS, bf16_table, sum_tree
 from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType
+from pagedgen.values.spec import DType, KInner
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
@@ -192,6 +195,64 @@ def test_cost_model_ranks_what_was_measured(make_spec):
     few = default_schedule(crowded, target)
     slow = Schedule.of(few.template, **{**dict(few.choices), "dot": "f32", "k_heads": 1, "v_heads": 1})
     assert predict(crowded, target, few, one).time_us < predict(crowded, target, slow, one).time_us
+
+
+def prefetched_lines(
+    text: str, offsets: dict[str, list[int]], k_stride: int, line: int
+) -> dict[str, list[int]]:
+    """Numbers of the cache lines of K and V that one tile asks for: its loops, run with prefetches only."""
+    kept = []
+    loops = textwrap.dedent(
+        text[text.index("        for tile in") : text.index("    @T.prim_func(s_tir=True)\n    def merge")]
+    )
+    for row in loops.splitlines():
+        code, indent = row.strip(), row[: len(row) - len(row.lstrip())]
+        code = re.sub(r"T\.(?:serial|unroll|vectorized)\(", "range(", code).replace("T.min", "min")
+        if found := re.search(r"T\.address_of\(([KV])\[(.*)\]\), 0", code):
+            kept.append(f"{indent}touched['{found[1]}'].append(({found[2]}) // {line})")
+        elif code.startswith(("for ", "if ")):
+            kept += [indent + code, f"{indent}    pass"]
+        elif code.startswith(("step =", "line =")):
+            kept.append(indent + code)
+    touched: dict[str, list[int]] = {"K": [], "V": []}
+    exec("\n".join(kept), {"touched": touched, "num_tiles": 1, "k_stride": k_stride, **offsets})
+    return touched
+
+
+PREFETCHED = {
+    "block-16": {},
+    "block-64": {"block_size": 64},  # a row of K is two lines
+    "block-256": {"block_size": 256},  # two tiles of it to a block
+    "e4m3": {"kv": "fp8_e4m3", "block_size": 32},
+    "f32-g7": {"q": "f32", "heads": (14, 2), "head_dim": 96},  # steps and lines do not divide each other
+    "g16": {"heads": (32, 2)},
+    "mha": {"q": "f16", "heads": (2, 2)},
+    "dim": {"k_inner": "dim"},
+}
+
+
+@pytest.mark.parametrize("name", PREFETCHED)
+def test_the_next_tile_is_prefetched_whole(name, make_spec):
+    """Every line of K and V once: one that is left out is a miss, one asked for twice an instruction."""
+    spec = make_spec(**{"heads": (8, 2), "k_inner": "token", **PREFETCHED[name]})
+    target = cpu("x86_64-avx512bf16")
+    schedule = default_schedule(spec, target)
+    tile, dim, block = schedule.int("tile"), spec.head_dim, spec.block_size
+    unit, line = math.gcd(tile, block), 64 // spec.kv_dtype.size
+    tokens = [t * dim for t in range(2 * tile)]
+    k_units = [u * unit // block * block * dim + u * unit % block for u in range(2 * tile // unit)]
+    touched = prefetched_lines(
+        render(spec, target, schedule).text,
+        {"KU": k_units, "k_next": tokens[tile:], "v_next": tokens[tile:]},
+        block,
+        line,
+    )
+    whole = {t // line for t in range(tile * dim, 2 * tile * dim, line)}
+    rows = [start + d * block for start in k_units[tile // unit :] for d in range(dim)]
+    along_tokens = {(row + t) // line for row in rows for t in range(0, unit, line)}
+    for pool, lines in ("K", along_tokens if spec.k_inner is KInner.TOKEN else whole), ("V", whole):
+        assert set(touched[pool]) == lines
+        assert len(touched[pool]) <= 1.02 * len(lines)
 
 
 GOLDENS = {
