@@ -307,11 +307,11 @@ class _Run:
     # ---- the device is present ----
 
     def _measured(self, begin: float, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
-        self.bandwidth = self._read_rate()
-        limit = self.bandwidth.limit_gbs
-        enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
         self._level_with(self.known)
         with Ledger(Grid(self.space), self.place, self._identity()) as ledger:
+            self.bandwidth = self._read_rate()
+            limit = self.bandwidth.limit_gbs
+            enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
             self.ledger = ledger
             ledger.preload(self.known)
             stop, outcomes = Stop.TRIALS, ledger.outcomes()
