@@ -24,6 +24,7 @@ from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import target as find_target
+from pagedgen.values.target_table import target_names
 from pagedgen.values.workload import Workload
 
 MACHINE = ("_us", "_rate", "_gbs", "ghz")  # endings of the symbols that calibration may scale
@@ -100,8 +101,8 @@ class Calibration:
     """Factors on the model's machine constants, and what each schedule still deviates by, as a logarithm.
 
     Factors are 1 and residuals 0 where nothing is known. A schedule that was not measured beside others that
-    were is taken to be as much worse than the model says as one in six of those: otherwise the schedule that the
-    model flatters most would win over those that are known.
+    were is taken to be as much worse than the model says as one in six of those: otherwise the schedule that
+    the model flatters most would win over those that are known.
     """
 
     factors: Mapping[str, float] = field(default_factory=dict)
@@ -136,8 +137,8 @@ class Calibration:
     def for_absent(cls, entries: Iterable[Entry], target: Target, template: str) -> Calibration:
         """From what other targets of the kind measured with this template, the likest of them alone.
 
-        Likest: of the same architecture, then the one with the most records. Nothing is calibrated where there
-        are none.
+        Likest: of the same architecture, then the one with the most records. Nothing is calibrated where
+        there are none.
         """
         sources: dict[str, list[Record]] = {}
         for entry in entries:

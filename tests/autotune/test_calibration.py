@@ -22,6 +22,7 @@ from pagedgen.autotune.calibration import (
     spearman,
     transfers,
 )
+from pagedgen.autotune.database import Entry
 from pagedgen.compiler.cost import predict
 from pagedgen.errors import InvalidValue
 from pagedgen.values.record import Record, Timing
@@ -123,6 +124,30 @@ def test_a_spec_that_was_measured_there_alone_has_only_the_constants() -> None:
     found = transfers([r for r in KNOWN if r.spec == first], H100, other_device(KNOWN), H200)
     assert found[0].moved is not None and found[1].moved is None and found[1].spec == second
     assert found[1].regret >= 0
+
+
+def test_what_the_model_flatters_does_not_win_over_what_is_known() -> None:
+    rows = [r for r in KNOWN if (r.spec, r.workload) == (KNOWN[0].spec, KNOWN[0].workload)]
+    unknown, *known = sorted(rows, key=lambda r: r.predicted_us)
+    found = Calibration.of(known, H100)
+    constants = Calibration(found.factors)
+    case = (unknown.spec, unknown.schedule, unknown.workload)
+    assert found.time_us(H100, *case) / constants.time_us(H100, *case) > 1.02
+
+
+def test_an_absent_target_is_calibrated_on_the_likest_one() -> None:
+    rows = tuple(r for r in KNOWN if r.spec == KNOWN[0].spec)
+    entry = Entry(rows[0].spec, H100.name, rows)
+    on_cpu = Entry(rows[0].spec, "cpu", tuple(replace(r, target="cpu") for r in rows))
+    found = Calibration.for_absent([entry], H200, "recorded")
+    assert found.residuals == Calibration.of(rows, H100).residuals
+    for one in (
+        Calibration.for_absent([], H200, "recorded"),
+        Calibration.for_absent([entry], H200, "another template"),
+        Calibration.for_absent([entry], H100, "recorded"),  # its own records are no prediction's business
+        Calibration.for_absent([on_cpu], H200, "recorded"),
+    ):
+        assert one == Calibration()
 
 
 def test_nothing_measured_is_named() -> None:

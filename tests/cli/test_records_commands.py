@@ -92,7 +92,8 @@ def test_predict_check(cache, monkeypatch):
 def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, monkeypatch):
     pytest.importorskip("tvm")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(4, 4, 120.0, (2,), 5, 2)})
+    monkeypatch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(3, 3, 120.0, (2,), 3, 1)})
+    monkeypatch.setattr(tuner, "SIMPLER", 0)
     monkeypatch.setattr(tuner, "bandwidth", functions.fake_bandwidth)  # the real one is measured for seconds
     monkeypatch.setattr(rechecking, "bandwidth", functions.fake_bandwidth)
     monkeypatch.setattr(command, "GRID", {"cpu": ((1, 512),)})
