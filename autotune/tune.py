@@ -317,8 +317,9 @@ class _Run:
             enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
             self.ledger = ledger
             ledger.preload(self.known)
-            stop, outcomes = Stop.TRIALS, ledger.outcomes()
-            trials = self.plan.trials - (len(outcomes) - ledger.evaluated())
+            before = ledger.state()
+            stop, outcomes = Stop.TRIALS, before.outcomes
+            trials = self.plan.trials - before.known
             if trials > 0:
                 ranked = self._ranked()
                 found = search(
