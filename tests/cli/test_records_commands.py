@@ -146,9 +146,9 @@ def run_any(*arguments: object):
 
 
 def test_bad_input_is_named(cache, tmp_path):
-    assert "either a PACK or --records" in run("verify", code=1).stderr
-    assert "either a PACK or --records" in run("verify", tmp_path, "--records", code=1).stderr
-    assert "a pack names its processor" in run("verify", tmp_path, "--cpu", code=1).stderr
+    assert "either a PACK or --records" in run("verify", code=2).stderr
+    assert "either a PACK or --records" in run("verify", tmp_path, "--records", code=2).stderr
+    assert "a pack names" in run("verify", tmp_path, "--cpu", code=2).stderr
     assert (
         "can be checked on such a device alone" in run("verify", "--records", "--gpu", "a100", code=1).stderr
     )
