@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pagedgen.autotune.database import Entry
 from pagedgen.compiler.cost import predict
 from pagedgen.errors import InvalidValue
 from pagedgen.values.record import Record, Status
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
+from pagedgen.values.target_table import target as find_target
+from pagedgen.values.target_table import target_names
 from pagedgen.values.workload import Workload
 
 MACHINE = ("_us", "_rate", "_gbs", "ghz")  # endings of the symbols that calibration may scale
@@ -97,11 +100,14 @@ def rank_errors(records: Iterable[Record]) -> tuple[RankError, ...]:
 class Calibration:
     """Factors on the model's machine constants, and what each schedule still deviates by, as a logarithm.
 
-    Both are 1 and 0 where nothing is known.
+    Factors are 1 and residuals 0 where nothing is known. A schedule that was not measured beside others that
+    were is taken to be as much worse than the model says as one in six of those: otherwise the schedule that
+    the model flatters most would win over those that are known.
     """
 
     factors: Mapping[str, float] = field(default_factory=dict)
     residuals: Mapping[tuple[KernelSpec, Schedule, tuple[int, ...]], float] = field(default_factory=dict)
+    unmeasured: Mapping[tuple[KernelSpec, tuple[int, ...]], float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, records: Sequence[Record], target: Target) -> Calibration:
@@ -121,12 +127,36 @@ class Calibration:
             )
             for r in measured
         }
-        return cls(factors, residuals)
+        cases: dict[tuple[KernelSpec, tuple[int, ...]], list[float]] = {}
+        for (spec, _, lengths), residual in residuals.items():
+            cases.setdefault((spec, lengths), []).append(residual)
+        unmeasured = {case: statistics.mean(all_) + statistics.pstdev(all_) for case, all_ in cases.items()}
+        return cls(factors, residuals, unmeasured)
+
+    @classmethod
+    def for_absent(cls, entries: Iterable[Entry], target: Target, template: str) -> Calibration:
+        """From what other targets of the kind measured with this template, the likest of them alone.
+
+        Likest: of the same architecture, then the one with the most records. Nothing is calibrated where
+        there are none.
+        """
+        sources: dict[str, list[Record]] = {}
+        for entry in entries:
+            rows = [r for r in entry.records if r.status is Status.MEASURED and r.stamp.template == template]
+            if rows and entry.target != target.name:
+                sources.setdefault(entry.target, []).extend(rows)
+        known = {name: find_target(name) for name in sources if name in target_names()}
+        alike = [name for name, one in known.items() if one.kind == target.kind]
+        if not alike:
+            return cls()
+        source = max(alike, key=lambda name: (known[name].arch == target.arch, len(sources[name]), name))
+        return cls.of(sources[source], known[source])
 
     def time_us(self, target: Target, spec: KernelSpec, schedule: Schedule, workload: Workload) -> float:
         """The calibrated model's time of one call on ``target``, microseconds."""
         time = predict(spec, target, schedule, workload, self.factors).time_us
-        return time * math.exp(self.residuals.get((spec, schedule, workload.seq_lens), 0.0))
+        beside = self.unmeasured.get((spec, workload.seq_lens), 0.0)
+        return time * math.exp(self.residuals.get((spec, schedule, workload.seq_lens), beside))
 
 
 def _fit(records: Sequence[Record], target: Target) -> dict[str, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -181,6 +182,16 @@ class Database:
                 entry = read(path)
                 if entry is not None:
                     yield Found(entry, path, Fit.NEAR)
+
+    def of_spec(self, spec: KernelSpec) -> Iterator[Entry]:
+        """What any target has of a spec, whatever its stamps; damaged files are passed over."""
+        for folder in (self.user, self.shipped):
+            for place in sorted(folder.glob("*/")):
+                for path in _files(place, spec.name):
+                    with suppress(MalformedFile):
+                        entry = read(path)
+                        if entry is not None and entry.spec == spec:
+                            yield entry
 
     @staticmethod
     def _open(path: Path, spec: KernelSpec, target: str, here: Stamp) -> Found | None:

@@ -58,6 +58,20 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """A ledger at one moment: outcomes in the order in which trials were begun, what others are timing.
+
+    ``spent`` counts the trials that were evaluated or are being so: what is bounded. ``known`` ones, from
+    elsewhere, are free.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    running: tuple[Schedule, ...]
+    spent: int
+    known: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Payload:
     records: tuple[Record, ...]
 
@@ -130,33 +144,36 @@ class Ledger:
 
     # ---- what is known ----
 
-    def outcomes(self) -> tuple[Outcome, ...]:
-        """Every outcome, in the order in which trials were begun."""
+    def state(self) -> State:
+        """All of it, as it was at one moment."""
         found: dict[Schedule, Outcome] = {}
+        running = []
+        spent = known = 0
         for trial in self._trials():
-            if trial.state is TrialState.COMPLETE and (schedule := self._schedule(trial)) is not None:
+            spent += trial.state in LIVE and not _known(trial)
+            known += _known(trial)
+            schedule = self._schedule(trial)
+            if schedule is None:
+                continue
+            if trial.state is TrialState.COMPLETE:
                 if trial.number not in self._read:
                     self._read[trial.number] = _outcome(schedule, trial)
                 found.setdefault(schedule, self._read[trial.number])
-        return tuple(found.values())
+            elif trial.state is TrialState.RUNNING and trial.user_attrs.get("worker") != self.worker:
+                running.append(schedule)
+        return State(tuple(found.values()), tuple(running), spent, known)
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Every outcome, in the order in which trials were begun."""
+        return self.state().outcomes
 
     def running(self) -> tuple[Schedule, ...]:
         """What others are timing now."""
-        return tuple(
-            schedule
-            for trial in self._trials()
-            if trial.state is TrialState.RUNNING
-            and trial.user_attrs.get("worker") != self.worker
-            and (schedule := self._schedule(trial)) is not None
-        )
+        return self.state().running
 
     def spent(self) -> int:
-        """Trials that were evaluated or are being so: what is bounded; what was known beforehand is free."""
-        return sum(trial.state in LIVE and not _known(trial) for trial in self._trials())
-
-    def evaluated(self) -> int:
-        """Outcomes that were not known beforehand."""
-        return sum(t.state is TrialState.COMPLETE and not _known(t) for t in self._trials())
+        """Trials that were evaluated or are being so."""
+        return self.state().spent
 
     # ---- what this worker does ----
 

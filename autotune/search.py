@@ -133,12 +133,13 @@ class _Search:
         """Batch after batch, until one of the reasons to stop."""
         while True:
             self.waiting = [*self.ledger.take_up(), *self.waiting]
-            outcomes, running = self.ledger.outcomes(), self.ledger.running()
+            state = self.ledger.state()  # one look: between two, a trial would be neither running nor told
+            outcomes, running = state.outcomes, state.running
             best = min((o.time_us for o in outcomes if o.time_us is not None), default=math.inf)
             tried = {o.schedule for o in outcomes} | set(running)
             self.waiting = [s for s in dict.fromkeys(self.waiting) if s not in tried]
             untried = sorted(self.space - {self.index[s] for s in tried})
-            room = self.trials - self.ledger.spent()
+            room = self.trials - state.spent
             stop = None
             if best <= enough_us:
                 stop = Stop.ROOFLINE

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pagedgen.autotune.binaries import BinaryCache, Compiled, compile_all
+from pagedgen.autotune.calibration import Calibration
 from pagedgen.autotune.database import Database, Entry, Fit, Found, fit
 from pagedgen.autotune.device import device_of, stamp_of
 from pagedgen.autotune.events import Progress, Started, Step, Tried, Warned, silent
@@ -38,7 +39,6 @@ from pagedgen.autotune.select import Selection, select
 from pagedgen.autotune.warm import guesses
 from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
 from pagedgen.compiler.compile import compiler_version
-from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import family_for, template_hash
 from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
@@ -266,6 +266,9 @@ class _Run:
         self.outcomes: tuple[Outcome, ...] = ()
         self.warned = False  # that records are not kept
         self.known = tuple(self._known())
+        self.calibration = Calibration()  # a measured record's prediction is the model's own
+        if not present:
+            self.calibration = Calibration.for_absent(database.of_spec(spec), target, template)
         self._predictions: dict[tuple[Schedule, Workload], float] = {}
 
     def start(self, budget_s: float) -> None:
@@ -307,15 +310,16 @@ class _Run:
     # ---- the device is present ----
 
     def _measured(self, begin: float, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
-        self.bandwidth = self._read_rate()
-        limit = self.bandwidth.limit_gbs
-        enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
         self._level_with(self.known)
         with Ledger(Grid(self.space), self.place, self._identity()) as ledger:
+            self.bandwidth = self._read_rate()
+            limit = self.bandwidth.limit_gbs
+            enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
             self.ledger = ledger
             ledger.preload(self.known)
-            stop, outcomes = Stop.TRIALS, ledger.outcomes()
-            trials = self.plan.trials - (len(outcomes) - ledger.evaluated())
+            before = ledger.state()
+            stop, outcomes = Stop.TRIALS, before.outcomes
+            trials = self.plan.trials - before.known
             if trials > 0:
                 ranked = self._ranked()
                 found = search(
@@ -413,7 +417,7 @@ class _Run:
         return dict(sorted(times.items(), key=lambda item: item[1]))
 
     def _predict(self, schedule: Schedule, workload: Workload) -> float:
-        return predict(self.spec, self.target, schedule, workload).time_us
+        return self.calibration.time_us(self.target, self.spec, schedule, workload)
 
     def _defaults(self) -> dict[str, Choice]:
         """Each field's default: what a choice between equals comes down to."""

@@ -463,13 +463,12 @@ def verify(
       [b]pagedgen verify[/] --records --cpu
     """
     from pagedgen.cli.verify import run, run_records
-    from pagedgen.errors import InvalidValue
 
     if records == (pack is not None):
-        raise InvalidValue("pack", str(pack) if pack else "", "either a PACK or --records is expected")
+        raise typer.BadParameter("either a PACK or --records is expected")
     if pack is not None:
         if gpu or cpu:
-            raise InvalidValue("gpu", gpu or "cpu", "with --records alone: a pack names its processor")
+            raise typer.BadParameter("--gpu and --cpu go with --records: a pack names its processor")
         run(pack, seed=seed, as_json=json)
         return
     run_records(gpu, cpu, seed=seed, as_json=json)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions b
 
 import worker_functions as functions
 
-from pagedgen.autotune import gating, warm
+from pagedgen.autotune import binaries, calibration, gating, warm
 from pagedgen.autotune import tune as module
 from pagedgen.autotune.binaries import Compiled
 from pagedgen.autotune.tune import Effort, Plan
@@ -38,6 +38,7 @@ def install(space: list[Schedule], put: Callable[[object, str, object], None]) -
 
     class Family:
         name = "fake"
+        spill_bytes = 0
 
     def fake_compile(sources: Sequence[Source], pool: object, cache: object) -> Iterator[Compiled]:
         for source in sources:
@@ -47,11 +48,13 @@ def install(space: list[Schedule], put: Callable[[object, str, object], None]) -
                 spill = 64 if source.schedule["mood"] == "spills" else 0
                 yield Compiled.of(Binary(source, "f", (), Resources(32, spill), "fake 1", 4), fresh=True)
 
-    def fake_link(binaries: Sequence[Binary], dispatch: object, out: Path) -> Path:
-        out.write_bytes(pickle.dumps([b.source.schedule for b in binaries]))
+    def fake_link(linked: Sequence[Binary], dispatch: object, out: Path) -> Path:
+        out.write_bytes(pickle.dumps([b.source.schedule for b in linked]))
         return out
 
-    def fake_predict(spec: KernelSpec, where: Target, one: Schedule, workload: Workload) -> object:
+    def fake_predict(
+        spec: KernelSpec, where: Target, one: Schedule, workload: Workload, factors: object
+    ) -> object:
         class Prediction:
             time_us = 2 * functions.fake_time(one, workload)
 
@@ -65,7 +68,6 @@ def install(space: list[Schedule], put: Callable[[object, str, object], None]) -
         "render": lambda spec, where, one: Source(spec, where, one, one.name),
         "compile_all": fake_compile,
         "link": fake_link,
-        "predict": fake_predict,
         "measure": functions.fake_measure,
         "bandwidth": functions.fake_bandwidth,
         "pin": functions.no_pin,
@@ -76,6 +78,8 @@ def install(space: list[Schedule], put: Callable[[object, str, object], None]) -
         },
     }.items():
         put(module, name, fake)
+    put(calibration, "predict", fake_predict)
+    put(binaries, "family_for", lambda spec, where: Family())
     put(warm, "family_for", lambda spec, where: Family())
     put(warm, "default_schedule", lambda spec, where: space[0])
     put(gating, "gate_variant", functions.fake_gate)

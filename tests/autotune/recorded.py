@@ -1,7 +1,8 @@
 """Timings recorded on a device, replayed: medians of 3,700 schedules of 3 specs on 5 batches from an H100.
 
-They are ``docs/benchmarks/decode-gpu-schedules-h100.json``. Its kernels read 96 values at a time while
-merging and cut batches into pieces; the two fields that say so came later and are filled in here.
+They are ``docs/benchmarks/decode-gpu-schedules-h100.json``, of kernels whose fields have changed since: their
+schedules are a template's of their own, and what the cost model of that day predicted for them is kept beside
+this file. `modelled` makes records of the present template.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,15 +17,16 @@ from pathlib import Path
 
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.compiler.cost import predict
-from pagedgen.compiler.families import family_for
+from pagedgen.compiler.space import feasible
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
 
-FILE = Path(__file__).parents[2] / "docs" / "benchmarks" / "decode-gpu-schedules-h100.json"
-FIXED: Mapping[str, Choice] = {"merge": 96, "split": "pieces"}  # in every recorded kernel
+TIMES = Path(__file__).parents[2] / "docs" / "benchmarks" / "decode-gpu-schedules-h100.json"
+PREDICTED = Path(__file__).parent / "predicted_h100.json"
+FIELDS = ("fp8_decode", "ids", "num_stages", "num_warps", "prefetch_ids", "seq_lanes", "tile", "waves")
 H100 = target("h100")
 SPECS = tuple(
     KernelSpec(Op.DECODE, 128, 32, 8, block, DType.F16, kv, scale)
@@ -44,15 +45,11 @@ class Recording:
     spec: KernelSpec
     workloads: tuple[Workload, ...]
     times: Mapping[Schedule, float]
+    predicted: Mapping[Schedule, float]
 
     @property
     def name(self) -> str:
         return f"{self.spec.name} on {'+'.join(w.name for w in self.workloads)}"
-
-    def predicted(self, schedule: Schedule) -> float:
-        """The model's geometric mean over the workloads."""
-        logs = [math.log(predict(self.spec, H100, schedule, w).time_us) for w in self.workloads]
-        return math.exp(sum(logs) / len(logs))
 
     def regret(self, schedule: Schedule) -> float:
         """How much slower than the fastest of all a schedule is: 0.01 is 1%."""
@@ -81,11 +78,20 @@ def recordings() -> tuple[Recording, ...]:
     """Every case of the file, fifteen in all."""
     specs = {spec.name: spec for spec in SPECS}
     found = []
-    for case in json.loads(FILE.read_text(encoding="utf-8"))["cases"]:
-        spec = specs[case["spec"]]
+    timed = json.loads(TIMES.read_text(encoding="utf-8"))["cases"]
+    modelled = json.loads(PREDICTED.read_text(encoding="utf-8"))["cases"]
+    for case, model in zip(timed, modelled, strict=True):
+        assert (case["spec"], case["workload"]) == (model["spec"], model["workload"])
         count, length = map(int, case["workload"].split("x"))
-        times = {_schedule(spec, name): us for name, us in case["us"].items()}
-        found.append(Recording(spec, (Workload.uniform(count, length),), times))
+        schedules = [_schedule(name) for name in case["us"]]
+        found.append(
+            Recording(
+                specs[case["spec"]],
+                (Workload.uniform(count, length),),
+                dict(zip(schedules, case["us"].values(), strict=True)),
+                dict(zip(schedules, model["predicted_us"], strict=True)),
+            )
+        )
     return tuple(found)
 
 
@@ -95,46 +101,65 @@ def combined() -> tuple[Recording, ...]:
     found = []
     for spec in SPECS:
         cases = [r for r in recordings() if r.spec == spec]
-        shared = set.intersection(*(set(r.times) for r in cases))
-        times = {
-            s: math.exp(sum(math.log(r.times[s]) for r in cases) / len(cases))
-            for s in cases[0].times
-            if s in shared
-        }
-        found.append(Recording(spec, tuple(w for r in cases for w in r.workloads), times))
+        shared = [s for s in cases[0].times if all(s in r.times for r in cases)]
+        found.append(
+            Recording(
+                spec,
+                tuple(w for r in cases for w in r.workloads),
+                {s: _mean([r.times[s] for r in cases]) for s in shared},
+                {s: _mean([r.predicted[s] for r in cases]) for s in shared},
+            )
+        )
     return tuple(found)
 
 
-def _schedule(spec: KernelSpec, name: str) -> Schedule:
-    family = family_for(spec, H100)
+def _mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values))
+
+
+def _schedule(name: str) -> Schedule:
     choices: dict[str, Choice] = {}
-    for field in family.fields(spec, H100):
-        found = re.search(rf"(?:^|-){field.name}([^-]+)", name)
-        if found:
-            choices[field.name] = next(v for v in field.values if str(v) == found[1])
-        else:
-            choices[field.name] = FIXED.get(field.name, field.default)
-    return Schedule.of(family.name, **choices)
-
-
-def record(recording: Recording, schedule: Schedule) -> Record:
-    """A schedule of a recording as a record."""
-    us = recording.times[schedule]
-    return Record(
-        Status.MEASURED,
-        recording.spec,
-        H100.name,
-        recording.workloads[0],
-        schedule,
-        Stamp("0.1.0", "recorded", "triton 3.6.0", "NVIDIA H100 80GB HBM3", "580.159.04", "2026-11-24"),
-        Resources(),
-        recording.predicted(schedule),
-        Timing(us, us, us, 3),
-        3091.5,
-        Verdict(True, 4, 1e-4, 1e-3, 0),
-    )
+    for part, field in zip(name.split("-"), FIELDS, strict=True):
+        value = part.removeprefix(field)
+        choices[field] = int(value) if value.isdigit() else value
+    return Schedule.of("recorded", **choices)
 
 
 def record_of(recording: Recording) -> Record:
     """The best schedule of a recording as a record."""
-    return record(recording, min(recording.times, key=lambda s: recording.times[s]))
+    best = min(recording.times, key=lambda s: recording.times[s])
+    return _record(
+        recording.spec, recording.workloads[0], best, recording.times[best], recording.predicted[best]
+    )
+
+
+@cache
+def modelled(spec: KernelSpec, workload: Workload, count: int = 60, seed: int = 0) -> tuple[Record, ...]:
+    """Records of legal schedules of the present template, as an H100 might have given them.
+
+    Their times are the model's, times what it leaves out of each schedule: a factor of 5%, spread normally.
+    """
+    rows = []
+    for schedule in sorted(random.Random(seed).sample(feasible(spec, H100), count)):
+        us = predict(spec, H100, schedule, workload).time_us
+        left_out = math.exp(0.05 * random.Random(schedule.name).gauss(0, 1))
+        rows.append(_record(spec, workload, schedule, us * left_out, us))
+    return tuple(rows)
+
+
+def _record(
+    spec: KernelSpec, workload: Workload, schedule: Schedule, us: float, predicted_us: float
+) -> Record:
+    return Record(
+        Status.MEASURED,
+        spec,
+        H100.name,
+        workload,
+        schedule,
+        Stamp("0.1.0", "recorded", "triton 3.6.0", "NVIDIA H100 80GB HBM3", "580.159.04", "2026-11-24"),
+        Resources(),
+        predicted_us,
+        Timing(us, us, us, 3),
+        3091.5,
+        Verdict(True, 4, 1e-4, 1e-3, 0),
+    )

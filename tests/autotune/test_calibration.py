@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from recorded import H100, record, recordings
+from recorded import H100, SPECS, modelled
 
 from pagedgen.autotune import calibration as module
 from pagedgen.autotune.calibration import (
@@ -22,14 +22,16 @@ from pagedgen.autotune.calibration import (
     spearman,
     transfers,
 )
+from pagedgen.autotune.database import Entry
 from pagedgen.compiler.cost import predict
 from pagedgen.errors import InvalidValue
 from pagedgen.values.record import Record, Timing
 from pagedgen.values.target_table import target
+from pagedgen.values.workload import Workload
 
 H200 = target("h200")
-CASES = [r for r in recordings() if r.workloads[0].name in ("32x8192", "128x1024")][:4]  # two specs
-KNOWN = [record(case, s) for case in CASES for s in sorted(case.times)[::3]]  # the same ones on both batches
+BATCHES = (Workload.uniform(32, 8192), Workload.uniform(128, 1024))
+KNOWN = [r for spec in SPECS[:2] for batch in BATCHES for r in modelled(spec, batch)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +66,12 @@ def test_spearman() -> None:
 
 def test_rank_errors_are_those_of_the_predictions_on_record() -> None:
     errors = rank_errors(KNOWN)
-    assert len(errors) == len(CASES)
-    for case, error in zip(CASES, errors, strict=True):
-        rows = [r for r in KNOWN if (r.spec, r.workload) == (case.spec, case.workloads[0])]
+    assert [(e.spec, e.workload) for e in errors] == [(s, b) for s in SPECS[:2] for b in BATCHES]
+    for error in errors:
+        rows = [r for r in KNOWN if (r.spec, r.workload) == (error.spec, error.workload)]
         favourite = min(rows, key=lambda r: r.predicted_us)
         assert error.regret == pytest.approx(favourite.time_us / min(r.time_us for r in rows) - 1)
-        assert error.schedules == len(rows) and -1 <= error.correlation <= 1
+        assert error.schedules == len(rows) and 0 < error.correlation < 1
     assert rank_errors(KNOWN[:2]) == ()
 
 
@@ -122,6 +124,30 @@ def test_a_spec_that_was_measured_there_alone_has_only_the_constants() -> None:
     found = transfers([r for r in KNOWN if r.spec == first], H100, other_device(KNOWN), H200)
     assert found[0].moved is not None and found[1].moved is None and found[1].spec == second
     assert found[1].regret >= 0
+
+
+def test_what_the_model_flatters_does_not_win_over_what_is_known() -> None:
+    rows = [r for r in KNOWN if (r.spec, r.workload) == (KNOWN[0].spec, KNOWN[0].workload)]
+    unknown, *known = sorted(rows, key=lambda r: r.predicted_us)
+    found = Calibration.of(known, H100)
+    constants = Calibration(found.factors)
+    case = (unknown.spec, unknown.schedule, unknown.workload)
+    assert found.time_us(H100, *case) / constants.time_us(H100, *case) > 1.02
+
+
+def test_an_absent_target_is_calibrated_on_the_likest_one() -> None:
+    rows = tuple(r for r in KNOWN if r.spec == KNOWN[0].spec)
+    entry = Entry(rows[0].spec, H100.name, rows)
+    on_cpu = Entry(rows[0].spec, "cpu", tuple(replace(r, target="cpu") for r in rows))
+    found = Calibration.for_absent([entry], H200, "recorded")
+    assert found.residuals == Calibration.of(rows, H100).residuals
+    for one in (
+        Calibration.for_absent([], H200, "recorded"),
+        Calibration.for_absent([entry], H200, "another template"),
+        Calibration.for_absent([entry], H100, "recorded"),  # its own records are no prediction's business
+        Calibration.for_absent([on_cpu], H200, "recorded"),
+    ):
+        assert one == Calibration()
 
 
 def test_nothing_measured_is_named() -> None:

@@ -27,7 +27,7 @@ def run(
     recording: Recording, replay: Replay, seed: int, trials: int | None = None, **options: object
 ) -> Found:
     """As the tuner searches: the model's favourites first, a twelfth of the trials a batch."""
-    predicted = {s: recording.predicted(s) for s in recording.times}
+    predicted = dict(recording.predicted)
     favourites = sorted(predicted, key=predicted.__getitem__)[:FAVOURITES]
     trials = len(predicted) * 15 // 100 if trials is None else trials
     return search(
@@ -106,7 +106,7 @@ def test_duplicates_are_answered_from_what_is_known() -> None:
 
 @pytest.mark.parametrize("recording", CASES, ids=lambda r: r.name)
 def test_what_the_model_leaves_is_audited_and_near_the_best(recording: Recording) -> None:
-    predicted = {s: recording.predicted(s) for s in recording.times}
+    predicted = dict(recording.predicted)
     ranked = dict(sorted(predicted.items(), key=lambda item: item[1]))
     kept = pruned(ranked, 10, recording.name)
     assert kept == pruned(ranked, 10, recording.name)  # the same in every worker

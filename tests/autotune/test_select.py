@@ -104,6 +104,31 @@ def test_two_when_two_are_needed_and_the_border_is_the_geometric_mean() -> None:
     assert chosen.worst_regret == 0.0
 
 
+def test_of_equals_the_one_nearest_the_defaults() -> None:
+    short, skewed = Workload.uniform(4, 128), Workload("skewed", (4096, 16, 16, 16))
+    fancy = Schedule.of("t", tile=128, warps=8, lanes=32)
+    plain = Schedule.of("t", tile=64, warps=8, lanes=128)
+    defaults = {"tile": 64, "warps": 4, "lanes": 128}
+    even = {fancy: {short: 10.0, skewed: 50.0}, plain: {short: 10.02, skewed: 50.1}}
+    assert select(even, defaults=defaults).variants == (plain,)
+    assert select(even).variants == (fancy,)
+    better = {fancy: {short: 10.0, skewed: 50.0}, plain: {short: 10.1, skewed: 50.5}}  # 1%: within the bound
+    assert select(better, defaults=defaults).variants == (fancy,)
+
+
+def test_a_skewed_batch_has_a_row_of_its_own_where_it_needs_one() -> None:
+    uniform, ragged = Workload.uniform(64, 1024), Workload("ragged", (128, 512, 900, 1024) * 16)
+    skewed = Workload("skewed", (131072, *(1024,) * 63))
+    cut, whole = schedule(0), schedule(1)
+    times = {
+        cut: {uniform: 103.0, ragged: 60.0, skewed: 200.0},
+        whole: {uniform: 100.0, ragged: 59.5, skewed: 900.0},
+    }
+    chosen = select(times)
+    assert chosen.pick(64, 1024) == whole and chosen.pick(64, 131072) == cut
+    assert chosen.worst_regret <= 0.02 and len(chosen.variants) == 2
+
+
 def test_the_greedy_cover_takes_over_on_large_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagedgen.autotune.select.EXHAUSTIVE", 0)
     workloads = [Workload.uniform(1, 2**i) for i in range(4, 12)]

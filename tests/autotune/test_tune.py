@@ -219,7 +219,7 @@ def test_this_cpu_for_real(database, cpu, monkeypatch) -> None:
 
 def test_a_gpu_that_is_not_here_for_real(database, monkeypatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(module, "PLANS", {Effort.QUICK: Plan(2, 2, 120.0, (2,), 3, 2)})
+    monkeypatch.setattr(module, "PLANS", {Effort.QUICK: Plan(12, 2, 120.0, (2,), 3, 2)})
     a100 = target("a100")
     spec = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.F16, DType.FP8_E4M3, KVScale.TENSOR)
     result = tune(spec, a100, [Workload.uniform(32, 8192)], effort="quick", database=database)
@@ -229,4 +229,4 @@ def test_a_gpu_that_is_not_here_for_real(database, monkeypatch) -> None:
         assert record.resources.registers > 0 and record.resources.spill_bytes == 0
         assert 0 < record.resources.smem_bytes <= a100.smem_per_block
     cache = BinaryCache()
-    assert len(list(cache.folder.glob("*/*.zip"))) == result.counts.compiled == 2
+    assert len(list(cache.folder.glob("*/*.zip"))) == result.counts.compiled >= 2

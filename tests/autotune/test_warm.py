@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from recorded import H100, SPECS, record, recordings
+from recorded import H100, SPECS, modelled
 
 from pagedgen.autotune.database import Database, Entry
 from pagedgen.autotune.select import select
@@ -19,14 +19,15 @@ from pagedgen.compiler.space import default_schedule
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target_table import target
+from pagedgen.values.workload import Workload
 
 SPEC = SPECS[0]
-CASE = recordings()[1]
-SPACE = tuple(CASE.times)
+ROWS = modelled(SPEC, Workload.uniform(32, 8192))
+SPACE = tuple(r.schedule for r in ROWS)
 
 
 def save(database: Database, spec: KernelSpec, schedule: Schedule, where: str = H100.name) -> None:
-    row = replace(record(CASE, SPACE[0]), spec=spec, schedule=schedule, target=where)
+    row = replace(ROWS[0], spec=spec, schedule=schedule, target=where)
     database.save(Entry(spec, where, (row,), select({schedule: {row.workload: 1.0}})))
 
 

@@ -30,6 +30,7 @@ COMMANDS = (
     "build",
     "bench",
     "explain",
+    "predict-check",
     "verify",
     "targets",
     "models",

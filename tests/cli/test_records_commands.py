@@ -12,21 +12,32 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "autotune"))
 
-from recorded import H100, record, recordings
+import worker_functions as functions
+from recorded import H100, SPECS, modelled
 
 from pagedgen.autotune import calibration
+from pagedgen.autotune import recheck as rechecking
 from pagedgen.autotune import tune as tuner
-from pagedgen.autotune.database import Database, Entry, read
+from pagedgen.autotune.database import Database, Entry
 from pagedgen.autotune.device import stamp_here
+from pagedgen.autotune.grid import Grid
+from pagedgen.autotune.ledger import Ledger, Place
+from pagedgen.autotune.recheck import Recheck
 from pagedgen.autotune.select import select
 from pagedgen.autotune.tune import Effort, Plan
 from pagedgen.cli import tune as command
+from pagedgen.cli import verify as checking
 from pagedgen.cli.app import app
+from pagedgen.compiler.space import feasible
 from pagedgen.values.record import Timing
+from pagedgen.values.spec import DType, KernelSpec, KInner, Op
+from pagedgen.values.target_table import cpu_target
+from pagedgen.values.workload import Workload
 
 runner = CliRunner()
 TINY = ("--cpu", "--head-dim", "32", "--num-q-heads", "2", "--num-kv-heads", "1")
-CASE = recordings()[1]
+SPEC, BATCH = SPECS[0], Workload.uniform(32, 8192)
+TINY_SPEC = KernelSpec(Op.DECODE, 32, 2, 1, 16, DType.BF16, DType.BF16, k_inner=KInner.TOKEN)
 
 
 def run(*arguments: object, code: int = 0):
@@ -42,12 +53,14 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def save(where: str, factor: float = 1.0) -> None:
-    """Sixty schedules of the recording, as measured by this version on a target."""
-    stamp = stamp_here(CASE.spec, H100)
-    rows = [replace(record(CASE, s), target=where, stamp=stamp) for s in sorted(CASE.times)[:60]]
-    rows = [replace(r, timing=Timing(r.time_us * factor, r.time_us, r.time_us, 3)) for r in rows]
+    """Sixty schedules, as measured by this version on a target."""
+    stamp = stamp_here(SPEC, H100)
+    rows = [
+        replace(r, target=where, stamp=stamp, timing=Timing(r.time_us * factor, r.time_us, r.time_us, 3))
+        for r in modelled(SPEC, BATCH)
+    ]
     times = {r.schedule: {r.workload: r.time_us} for r in rows}
-    Database().save(Entry(CASE.spec, where, tuple(rows), select(times)))
+    Database().save(Entry(SPEC, where, tuple(rows), select(times)))
 
 
 def test_explain_prints_how_well_the_model_ranks(cache):
@@ -55,9 +68,7 @@ def test_explain_prints_how_well_the_model_ranks(cache):
     assert "how well the model ranks is not known" in run("explain", *options).stdout
     save(H100.name)
     data = json.loads(run("explain", *options, "--json").stdout)["rank_errors"]
-    (error,) = calibration.rank_errors(
-        Database().find(CASE.spec, H100.name, stamp_here(CASE.spec, H100)).entry.records
-    )
+    (error,) = calibration.rank_errors(Database().find(SPEC, H100.name, stamp_here(SPEC, H100)).entry.records)
     assert data == [
         {"workload": "32x8192", "schedules": 60, "spearman": error.correlation, "regret": error.regret}
     ]
@@ -81,7 +92,10 @@ def test_predict_check(cache, monkeypatch):
 def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, monkeypatch):
     pytest.importorskip("tvm")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(4, 4, 120.0, (2,), 5, 2)})
+    monkeypatch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(3, 3, 120.0, (2,), 3, 1)})
+    monkeypatch.setattr(tuner, "SIMPLER", 0)
+    monkeypatch.setattr(tuner, "bandwidth", functions.fake_bandwidth)  # the real one is measured for seconds
+    monkeypatch.setattr(rechecking, "bandwidth", functions.fake_bandwidth)
     monkeypatch.setattr(command, "GRID", {"cpu": ((1, 512),)})
     monkeypatch.setattr(command, "RAGGED", {"cpu": (4, 64, 1024)})
     monkeypatch.setattr(command, "SKEWED", {"cpu": (2048, 3, 64)})
@@ -97,19 +111,31 @@ def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, mo
     checked = json.loads(run_any("verify", "--records", "--cpu", "--json").stdout)["records"]
     assert checked and all(row["timing"]["median_us"] > 0 and row["reason"] == "" for row in checked)
 
-    (path,) = (cache / "records" / "cpu").glob("*.json")
-    entry = read(path)
-    faster = tuple(replace(r, timing=replace(r.timing, median_us=r.time_us / 20)) for r in entry.records)
-    path.unlink()
-    Database().save(replace(entry, records=faster))
-    slipped = run("verify", "--records", "--cpu", "--json", code=1)
-    assert all(row["slipped"] for row in json.loads(slipped.stdout)["records"])
 
-    other = ("--study", "mine", "--seed", "1")
+def test_what_has_slipped_or_is_wrong_is_named_and_ends_with_1(cache, monkeypatch):
+    stamp, schedule = stamp_here(TINY_SPEC, cpu_target()), feasible(TINY_SPEC, cpu_target())[0]
+    one = replace(modelled(SPEC, BATCH)[0], spec=TINY_SPEC, target="cpu", stamp=stamp, schedule=schedule)
+    Database().save(Entry(TINY_SPEC, "cpu", (one,), select({one.schedule: {one.workload: one.time_us}})))
+    slow = Timing(2 * one.time_us, one.time_us, one.time_us, 15)
+
+    def found(*share: float, reason: str = "") -> None:
+        row = Recheck(TINY_SPEC, one.schedule, one.workload, one.time_us, 0.9, slow, share[0], reason)
+        monkeypatch.setattr(checking, "recheck", lambda *arguments, **named: (row,))
+
+    found(0.9 * 0.96)
+    assert "1 of 1 hold" in run("verify", "--records", "--cpu").stdout
+    found(0.9 * 0.94)
+    assert "slipped" in run("verify", "--records", "--cpu", code=1).stdout
+    found(0.9, reason="wrong: error 1 where 0.01 is allowed")
+    assert "wrong: error 1" in run("verify", "--records", "--cpu", code=1).stdout
+
+
+def test_a_study_of_another_spec_is_refused_before_anything_runs(cache, tmp_path):
+    storage = str(tmp_path / "study.log")
+    Ledger(Grid(feasible(TINY_SPEC, cpu_target())), Place(storage, "mine"), {"spec": "decode-h64"}).close()
+    refused = run("tune", *TINY, "--storage", storage, "--study", "mine", code=1)
+    assert "study 'mine': spec = 'decode-h64' there, 'decode-h32-q2-kv1" in refused.stderr
     assert "names the study of one spec" in run("tune", *TINY, "--study", "mine", code=1).stderr
-    run("tune", *options, *other)
-    foreign = run("tune", *options[:2], "64", *options[3:], *other, code=1)
-    assert "study 'mine': spec = 'decode-h32" in foreign.stderr and "decode-h64" in foreign.stderr
 
 
 def run_any(*arguments: object):
@@ -120,9 +146,9 @@ def run_any(*arguments: object):
 
 
 def test_bad_input_is_named(cache, tmp_path):
-    assert "either a PACK or --records" in run("verify", code=1).stderr
-    assert "either a PACK or --records" in run("verify", tmp_path, "--records", code=1).stderr
-    assert "a pack names its processor" in run("verify", tmp_path, "--cpu", code=1).stderr
+    assert "either a PACK or --records" in run("verify", code=2).stderr
+    assert "either a PACK or --records" in run("verify", tmp_path, "--records", code=2).stderr
+    assert "a pack names" in run("verify", tmp_path, "--cpu", code=2).stderr
     assert (
         "can be checked on such a device alone" in run("verify", "--records", "--gpu", "a100", code=1).stderr
     )
