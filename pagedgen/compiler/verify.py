@@ -285,11 +285,12 @@ def _attend(
 def tolerance(spec: KernelSpec, out: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """Allowed absolute error of every output: rounding the result, and rounding the softmax weights.
 
-    Weights may be rounded to the 16-bit type in use, which costs at most half a unit of each weight; float32
-    kernels are allowed F32_WEIGHT of the weighted magnitude for their exponential (measured: 1e-6).
+    Weights may be rounded to the 16-bit type in use, which costs at most half a unit of each weight, and as
+    much of the output again where their sum is that of the rounded ones; float32 kernels are allowed
+    F32_WEIGHT of the weighted magnitude for their exponential (measured: 1e-6).
     """
     eps = EPS[spec.q_dtype]
-    return eps * out.abs() + max(eps, F32_WEIGHT) * magnitude + 1e-7
+    return 2 * eps * out.abs() + max(eps, F32_WEIGHT) * magnitude + 1e-7
 
 
 @dataclass(frozen=True, slots=True)
