@@ -19,6 +19,12 @@ from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 
 
+@pytest.fixture(autouse=True)
+def no_shipped_records(monkeypatch, tmp_path_factory) -> None:
+    """Tests make their own records: what ships changes with every release."""
+    monkeypatch.setattr("pagedgen.cache.SHIPPED", tmp_path_factory.getbasetemp() / "nothing-shipped")
+
+
 @pytest.fixture(scope="session")
 def h100() -> Target:
     """A Hopper target with the figures of an H100 SXM."""

@@ -149,7 +149,7 @@ class Scheduler:
                     blocked = True
                     break
                 budget -= used
-        if not num_decodes and not chunks and not swapped_in and not made_room:
+        if not num_decodes and not chunks and not self._joining and not made_room:
             raise OutOfBlocks(free_before + 1, free_before)
         self.computed_tokens += num_decodes + sum(chunk.tokens for chunk in chunks)
         return Batch(

@@ -150,7 +150,8 @@ class TvmDecode(Family):
         k_head = _nearest(k_heads, half if inner else 4)
         fp8 = spec.kv_dtype.is_fp8
         v_wanted = max(4 if fp8 else 1, half // v_vectors[-1], group // 4)
-        v_head = _nearest(heads, group if group >= 16 and not fp8 else v_wanted)
+        v_most = level.registers - 3  # heads of which one vector each, and an operand, fit
+        v_head = _largest(heads, v_most) if group >= 16 and not fp8 else _nearest(heads, v_wanted)
         return (
             Field("lanes", lanes, lanes[-1], "float32 lanes of a vector"),
             Field("tile", (16, 32, 64, 128), 64 if fp8 else 128, "tokens processed together"),

@@ -1,0 +1,32 @@
+"""What ships in ``cache/``: readable, about what its place says, measured kernels that passed the gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import pagedgen.cache
+from pagedgen.autotune.database import read
+from pagedgen.values.record import Status
+
+FOLDER = Path(pagedgen.cache.__file__).parent
+FILES = sorted(FOLDER.glob("*/*.json"))
+
+
+def test_there_are_some():
+    assert FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_file(path):
+    entry = read(path)
+    assert entry is not None and (entry.target, entry.spec.name) == (path.parent.name, path.stem)
+    assert entry.selection is not None and entry.records
+    tried = {record.schedule for record in entry.records}
+    assert set(entry.selection.variants) <= tried
+    for record in entry.records:
+        if record.status is Status.MEASURED:
+            assert record.verdict is not None and record.verdict.passed
+            assert record.timing is not None and record.roofline_gbs > 0
+            assert record.workload.kv_bytes(record.spec) / record.time_us / 1e3 < 1.05 * record.roofline_gbs
