@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any, NoReturn
 
 from pagedgen.errors import PackNotChosen, SpecNotInPack, Unsupported, VersionUnmet
 from pagedgen.runtime.attention import Attention
@@ -129,28 +130,25 @@ class ServingPack:
                 return
         self.kernels(layer, sizes[-1])
 
-    def _refusal(self, layer: Layer, missing: Iterable[KernelSpec]) -> str:
+    def _refusal(self, layer: Layer, missing: Sequence[KernelSpec]) -> str:
         names = ", ".join(spec.name for spec in missing)
         have = sorted(spec.name for spec in self.specs)
         held = ", ".join(have[:SHOWN]) + (f" and {len(have) - SHOWN} more" if len(have) > SHOWN else "")
-        block_size = next(iter(missing)).block_size
-        return (
-            f"{self.pack.path}: it has no {names}; it holds {held}. To tune kernels for this layer:\n"
-            f"  {command(layer, block_size, self.k_inner, cpu=self.pack.manifest.kind == 'cpu')}"
-        )
+        how = command(layer, missing[0].block_size, self.k_inner, cpu=self.pack.manifest.kind == "cpu")
+        if any(spec.op is not Op.DECODE or spec.masks for spec in missing):
+            # What the command tunes today; the rest is built by hand.
+            how += "\n  That tunes decode without masks; docs/serving.md shows how the others are built."
+        return f"{self.pack.path}: it has no {names}; it holds {held}. To get them:\n  {how}"
 
 
 def command(layer: Layer, block_size: int, k_inner: KInner, *, cpu: bool) -> str:
-    """The command that tunes kernels for a layer and builds a pack of them."""
+    """The command that tunes kernels for a layer's shape and builds a pack of them."""
     parts = [
         "pagedgen tune",
         *(["--cpu"] if cpu else []),
         f"--head-dim {layer.head_dim} --num-q-heads {layer.num_q_heads} --num-kv-heads {layer.num_kv_heads}",
         f"--block-size {block_size} --q-dtype {layer.q_dtype} --kv-dtype {layer.kv_dtype}",
         f"--k-inner {k_inner}",
-        *([] if layer.window is None else [f"--window {layer.window}"]),
-        *([] if layer.logits_soft_cap is None else [f"--logits-soft-cap {layer.logits_soft_cap:g}"]),
-        *(["--sinks"] if layer.sinks else []),
         "--out model.pack",
     ]
     return " ".join(parts)
@@ -190,7 +188,18 @@ def require_version(name: str, version: str, low: tuple[int, int], high: tuple[i
         raise VersionUnmet(name, version, f">={low[0]}.{low[1]},<{high[0]}.{high[1]}")
 
 
-def refuse(feature: str, value: object, why: str) -> None:
+def lookup(feature: str, value: Any, table: Mapping[Any, DType]) -> DType:
+    """The element type that a stack means.
+
+    Raises:
+        Unsupported: none that kernels take.
+    """
+    if value not in table:
+        refuse(feature, value, f"pagedgen's kernels take {', '.join(map(str, table))}")
+    return table[value]
+
+
+def refuse(feature: str, value: object, why: str) -> NoReturn:
     """Refuse what a layer asks for and no kernel computes.
 
     Raises:

@@ -34,7 +34,7 @@ SPEED = (Layer(128, 32, 8, DType.BF16, DType.BF16),)
 
 
 def pack(layers: tuple[Layer, ...], block_size: int, k_inner: KInner, place: Path) -> tuple[KernelSpec, ...]:
-    """Build a pack of what kernels there are for ``layers``; returns the specs that there are none for."""
+    """Build a pack of what kernels there are for ``layers``; returns the specs without any."""
     target = cpu_target()
     choices, missing = [], []
     for spec in sorted({layer.spec(op, block_size, k_inner) for layer in layers for op in OPERATORS}):
@@ -51,7 +51,7 @@ def pack(layers: tuple[Layer, ...], block_size: int, k_inner: KInner, place: Pat
 
 
 def main() -> None:
-    """Packs with K along head_dim and along tokens; with ``--speed`` the one that docs/benchmarks measures."""
+    """Packs with K along head_dim and along tokens; with ``--speed`` the one that docs/benchmarks has."""
     folder = Path(sys.argv[-1])
     if "--speed" in sys.argv:
         made = {"speed": pack(SPEED, 16, KInner.TOKEN, folder / "speed.pack")}

@@ -1,4 +1,4 @@
-"""``Attention`` in plain torch, for operators that a pack has no kernels of: tests what calls it, not kernels."""
+"""``Attention`` in plain torch, for operators that a pack has no kernels of: to test what calls it."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class ReferenceAttention:
             pool[slots // spec.block_size, slots % spec.block_size] = new[kept]
 
     def _attend(
-        self, q, k, v, block_table, seq_lens, cu_seqlens_q, *, out, softmax_scale, sinks, workspace,
-        max_seq_len, spec, k_scale=None, v_scale=None,
+        self, q, k, v, block_table, seq_lens, cu_seqlens_q, *, out, softmax_scale, sinks, max_seq_len,
+        spec, workspace=None, k_scale=None, v_scale=None,
     ):  # fmt: skip
         assert block_table.dtype == seq_lens.dtype == cu_seqlens_q.dtype == torch.int32
         assert len(block_table) == len(seq_lens) == len(cu_seqlens_q) - 1

@@ -66,7 +66,8 @@ def test_what_is_missing_is_named_with_the_command(serving, layer, block_size, m
     text = str(caught.value)
     assert all(name in text for name in missing)
     assert "x.pack" in text and "it holds decode-h64" in text and "and 1 more" in text
-    assert text.endswith(command(layer, block_size, KInner.DIM, cpu=False))
+    assert f"To get them:\n  {command(layer, block_size, KInner.DIM, cpu=False)}" in text
+    assert "docs/serving.md shows how the others are built" in text
 
 
 def test_a_layer_that_no_block_size_serves_is_refused_early(serving):
@@ -78,9 +79,21 @@ def test_the_command_states_the_layer():
     text = command(LAYER, 16, KInner.TOKEN, cpu=True)
     assert text == (
         "pagedgen tune --cpu --head-dim 64 --num-q-heads 8 --num-kv-heads 2 --block-size 16 --q-dtype f16 "
-        "--kv-dtype fp8_e4m3 --k-inner token --window 100 --logits-soft-cap 30 --sinks --out model.pack"
+        "--kv-dtype fp8_e4m3 --k-inner token --out model.pack"
     )
-    assert "window" not in command(PLAIN, 16, KInner.DIM, cpu=False)
+
+
+def test_the_command_is_one_that_is_there(cpu_target):
+    """Its options make the spec of decode that was asked for."""
+    from pagedgen.cli.options import Job
+
+    words = iter(command(PLAIN, 32, KInner.TOKEN, cpu=True).split()[2:])
+    options = {
+        word.removeprefix("--").replace("-", "_"): True if word == "--cpu" else next(words) for word in words
+    }
+    assert options.pop("out") == "model.pack"
+    own = {"gpu": None, "model": None, "tp": 1, "kv_scale": "tensor", "lse": False} | options
+    assert Job.of(**own).specs == (PLAIN.spec(Op.DECODE, 32, KInner.TOKEN),)
 
 
 def test_the_pack_is_named_by_the_environment(monkeypatch, cpu_pack, tmp_path):

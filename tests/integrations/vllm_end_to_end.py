@@ -2,7 +2,7 @@
 
     python vllm_end_to_end.py FOLDER        (FOLDER holds cpu_packs.py's packs; run by .ci/vllm-cpu)
 
-Chunked prefill and prefix caching are on; the second round of requests finds the first's prompts in the cache.
+Chunked prefill and prefix caching are on; the second round finds the prompts of the first in the cache.
 Operators without a CPU kernel are computed by torch (reference_attention.py), which the table says.
 """
 

@@ -15,11 +15,12 @@ from pagedgen.integrations.serving_pack import (
     LayerKernels,
     ServingPack,
     chosen_pack,
+    lookup,
     refuse,
     require_version,
 )
 from pagedgen.runtime.attention import TORCH_DTYPES
-from pagedgen.values.spec import DType
+from pagedgen.values.spec import DType, KernelSpec
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -37,6 +38,7 @@ class StepMetadata:
     seq_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor | None
     max_seq_len: int
+    captured: bool = False
 
 
 def layer_of(attention: RadixAttention, *, sinks: bool, q_dtype: DType, kv_dtype: DType) -> Layer:
@@ -100,7 +102,8 @@ class PagedgenBackend(AttentionBackend):  # type: ignore[misc]
         self._ones = torch.ones(1, device=self._device)
         self._pack: ServingPack = chosen_pack()
         self._kernels: dict[int, LayerKernels] = {}
-        q_dtype, kv_dtype = DTYPES[runner.dtype], DTYPES[runner.kv_cache_dtype]
+        q_dtype = lookup("dtype", runner.dtype, DTYPES)
+        kv_dtype = lookup("kv_cache_dtype", runner.kv_cache_dtype, DTYPES)
         for parent in runner.model.modules():
             for layer in (child for child in parent.children() if isinstance(child, RadixAttention)):
                 sinks = getattr(parent, "sinks", None) is not None
@@ -110,6 +113,7 @@ class PagedgenBackend(AttentionBackend):  # type: ignore[misc]
             self._pack.attention.prepare(self._device)
         self._graph_table: torch.Tensor | None = None
         self._graph_lens: torch.Tensor | None = None
+        self._workspaces: dict[KernelSpec, torch.Tensor] = {}  # of captured decodes: their addresses stay
 
     def _table(self, forward_batch: ForwardBatch, tokens: int) -> torch.Tensor:
         """Blocks of the batch's sequences, enough for ``tokens`` each, from the first slot of every page."""
@@ -142,6 +146,9 @@ class PagedgenBackend(AttentionBackend):  # type: ignore[misc]
         blocks = -(-self._max_context // self._page)
         self._graph_table = torch.zeros(max_bs, blocks, dtype=torch.int32, device=self._device)
         self._graph_lens = torch.zeros(max_bs, dtype=torch.int32, device=self._device)
+        for spec in {kernels.decode for kernels in self._kernels.values()}:
+            size = self._pack.attention.workspace_bytes(max_bs, spec)
+            self._workspaces[spec] = torch.zeros(size, dtype=torch.uint8, device=self._device)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Fill the tables and lengths of a captured decode, before its capture and before each replay.
@@ -156,7 +163,7 @@ class PagedgenBackend(AttentionBackend):  # type: ignore[misc]
         self._graph_table[:size].copy_(self._table(forward_batch, self._max_context))
         self._graph_lens[:size].copy_(forward_batch.seq_lens)
         self.forward_metadata = StepMetadata(
-            self._graph_table[:size], self._graph_lens[:size], None, self._max_context
+            self._graph_table[:size], self._graph_lens[:size], None, self._max_context, captured=True
         )
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
@@ -209,8 +216,9 @@ class PagedgenBackend(AttentionBackend):  # type: ignore[misc]
         }
         if step.cu_seqlens_q is None:
             attention.decode(
-                rows, pool_k, pool_v, step.block_table, step.seq_lens, spec=kernels.decode, **options
-            )
+                rows, pool_k, pool_v, step.block_table, step.seq_lens, spec=kernels.decode,
+                workspace=self._workspaces[kernels.decode] if step.captured else None, **options,
+            )  # fmt: skip
         else:
             attention.extend(
                 rows, pool_k, pool_v, step.block_table, step.seq_lens, step.cu_seqlens_q, spec=kernels.extend,

@@ -14,6 +14,7 @@ from pagedgen.integrations.serving_pack import (
     Layer,
     LayerKernels,
     chosen_pack,
+    lookup,
     refuse,
     require_version,
 )
@@ -84,11 +85,10 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
         self.sinks, self._sinks = sinks, None if sinks is None else sinks.to(torch.float32)
-        q_dtype = Q_DTYPES[get_current_vllm_config().model_config.dtype]
-        kv_dtype = q_dtype if kv_cache_dtype == "auto" else KV_DTYPES.get(kv_cache_dtype)
-        if kv_dtype is None:
-            refuse("kv_cache_dtype", kv_cache_dtype, f"allowed: auto, {', '.join(KV_DTYPES)}")
-            raise AssertionError
+        q_dtype = lookup("dtype", get_current_vllm_config().model_config.dtype, Q_DTYPES)
+        kv_dtype = (
+            q_dtype if kv_cache_dtype == "auto" else lookup("kv_cache_dtype", kv_cache_dtype, KV_DTYPES)
+        )
         self.layer = Layer(
             head_dim=head_size,
             num_q_heads=num_heads,
