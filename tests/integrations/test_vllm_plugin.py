@@ -210,3 +210,50 @@ def test_writing_takes_the_tokens_that_have_slots(make):
     ((name, arguments, options),) = implementation._attention.calls
     assert name == "write_kv" and len(arguments[0]) == len(arguments[1]) == 3
     assert options["spec"].op == "write_kv"
+
+
+def common(lens, queries, causal=True):
+    """vLLM's batch: sequences of ``lens`` tokens, the last ``queries`` new; the table holds 48 tokens."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(lens, dtype=torch.int32),
+        num_reqs=len(lens),
+        num_actual_tokens=sum(queries),
+        max_query_len=max(queries),
+        max_seq_len=60,
+        block_table_tensor=torch.zeros(len(lens), 3, dtype=torch.int32),
+        slot_mapping=torch.zeros(sum(queries), dtype=torch.int64),
+        causal=causal,
+    )
+
+
+@pytest.mark.parametrize(
+    ("queries", "whole", "num_decodes"),
+    [
+        ([1, 1, 1], False, 3),
+        ([1, 1, 1], True, 3),
+        ([1, 1, 7], False, 2),
+        ([1, 1, 7], True, 0),  # captured whole: the split of a replayed batch is another one
+        ([4, 4, 4], False, 0),  # verified drafts
+        ([1, 5, 0], False, 1),  # padded
+    ],
+)
+def test_what_a_step_is_built_of(queries, whole, num_decodes):
+    from pagedgen.integrations.vllm.metadata import MetadataBuilder
+
+    builder = object.__new__(MetadataBuilder)
+    builder._whole, builder._block_size = whole, SIZE
+    batch = common([20, 30, 40], queries)
+    built = builder.build(0, batch)
+    assert (built.num_decodes, built.num_seqs, built.num_tokens) == (num_decodes, 3, sum(queries))
+    assert built.max_seq_len == 48  # no more than the table holds
+    for name, theirs in [("seq_lens", "seq_lens"), ("block_table", "block_table_tensor")]:
+        assert getattr(built, name).data_ptr() == getattr(batch, theirs).data_ptr()
+    other = torch.ones(3, 3, dtype=torch.int32)
+    assert builder.update_block_table(built, other, batch.slot_mapping).block_table is other
+    with pytest.raises(Unsupported, match="causal = False"):
+        builder.build(0, common([20, 30, 40], queries, causal=False))
