@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pagedgen import __version__
@@ -23,7 +23,7 @@ from pagedgen.autotune.explore.timings import KernelTimings
 from pagedgen.autotune.suites.fragmentation import Lengths, Share, figure_2
 from pagedgen.errors import InvalidValue
 from pagedgen.values.model import Model
-from pagedgen.values.spec import DType, KernelSpec
+from pagedgen.values.spec import DType, KernelSpec, Op
 from pagedgen.values.target import Target
 from pagedgen.values.trace import Trace
 from pagedgen.values.weights import Weights
@@ -117,7 +117,9 @@ class Exploration:
     def step_time(self, policy: Policy, kernel: KernelTime) -> StepTime:
         """Of a policy, with the kernel that it is timed with."""
         token = self.spec(policy.block_size).kv_bytes_per_token * self.model.num_layers
-        return StepTime(kernel, self.model, self.weights, self.target, token * policy.block_size)
+        extend = replace(kernel.spec, op=Op.EXTEND)
+        share = self.timings.matmul_share(extend, self.target) if self.timings else None
+        return StepTime(kernel, self.model, self.weights, self.target, token * policy.block_size, share)
 
 
 def explore(

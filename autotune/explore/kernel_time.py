@@ -11,7 +11,7 @@ from pagedgen.autotune import database
 from pagedgen.autotune.explore.timings import KernelTiming, KernelTimings
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import family_for
-from pagedgen.compiler.space import PROBE, default_schedule
+from pagedgen.compiler.space import default_schedule, is_legal
 from pagedgen.errors import InvalidValue
 from pagedgen.values.record import Status
 from pagedgen.values.schedule import Schedule
@@ -67,7 +67,9 @@ def kernel_time(
     timings: KernelTimings | None = None,
     records: database.Database | None = None,
 ) -> KernelTime:
-    """What is known of a spec's kernels: measured records, else the suite's file, else the cost model.
+    """What is known of a spec's kernels: the suite's file, else measured records, else the cost model.
+
+    A file was asked for, and it gives every block size the same effort, which records need not.
 
     Measured times are interpolated along the model: what is interpolated is their ratio to it, by inverse
     squared distance over the logarithms of batch size and mean length (Shepard, 1968).
@@ -84,16 +86,14 @@ def kernel_time(
     columns = 1 + max(1, (max_seq_len - 1).bit_length() - SHORTEST)
     grid = [[(1 << i, 1 << (i + j + SHORTEST)) for j in range(columns)] for i in range(rows)]
     model = [[_predicted(spec, target, *point) for point in row] for row in grid]
-    recorded = _recorded(spec, target, records)
     factors: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
-    if recorded:
-        origin = f"measured: {len(recorded)} recorded batches"
-        points = recorded
-    elif timings is not None and (known := timings.of(spec)):
+    if timings is not None and (known := timings.of(spec)):
         origin = f"measured: {len(known)} rows of {timings.suite}, {timings.environment.device}"
         least = min(row.coverage for row in known)
         points = [(r.num_seqs, r.num_tokens, r.median_us) for r in known if r.coverage == least]
         factors = _factors(known)
+    elif points := _recorded(spec, target, records):
+        origin = f"measured: {len(points)} recorded batches"
     else:
         return KernelTime(spec, Status.PREDICTED, "predicted by the cost model", _frozen(model))
     ratios = [(n, tokens, us / _predicted(spec, target, n, tokens)) for n, tokens, us in points]
@@ -110,17 +110,11 @@ def _frozen(table: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
 
 @cache
 def _schedule(spec: KernelSpec, target: Target) -> Schedule:
-    """The family's default for the block size; on the model within 0.5% of the best there is.
-
-    It is nearly always legal, which one look at it tells a hundred times sooner than listing all that are.
-    """
+    """The family's default for the block size, nearly always legal; on the model within 0.5% of the best."""
     family = family_for(spec, target)
     choices = {field.name: field.default for field in family.fields(spec, target)}
     schedule = Schedule.of(family.name, **choices)
-    values = dict(family.symbols(spec, target, schedule, PROBE))
-    if all(bool(constraint.holds.subs(values)) for constraint in family.constraints()):
-        return schedule
-    return default_schedule(spec, target)
+    return schedule if is_legal(spec, target, schedule) else default_schedule(spec, target)
 
 
 @cache

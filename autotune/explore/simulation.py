@@ -172,7 +172,7 @@ def simulate(
         policy=policy,
         num_blocks=manager.pool.num_blocks,
         kernel_status=step_time.kernel.status,
-        kernel_origin=step_time.kernel.origin,
+        kernel_origin=step_time.origin,
         memory_tokens=middle.tokens,
         internal_waste=middle.internal,
         external_waste=middle.external,

@@ -13,7 +13,7 @@ from pagedgen.values.weights import Weights
 # Shares of the published rates that are assumed; the first was measured (docs/benchmarks/decode-gpu.md).
 READ_SHARE = 0.92  # of the bandwidth, by weights and block copies
 MATMUL_SHARE = 0.65  # of the 16-bit matrix rate, by large products
-PREFILL_SHARE = 0.35  # of the 16-bit matrix rate, by attention over a prompt
+PREFILL_SHARE = 0.35  # of the 16-bit matrix rate, by attention over a prompt, where it was not measured
 SWAP_GBS = 25.0  # one direction between device and host: PCIe 4.0 x16, or half of a 5.0 link
 
 
@@ -26,7 +26,8 @@ class StepTime:
     swaps are added, not overlapped. Communication between ranks and the host's own work are not counted.
 
     ``model`` and ``weights`` are those of one rank; ``block_bytes`` of all layers. The target's bandwidth and
-    matrix rate are known.
+    matrix rate are known. ``prefill_share`` is the share of that rate that attention over prompts was
+    measured to reach; without it ``PREFILL_SHARE`` is assumed.
     """
 
     kernel: KernelTime
@@ -34,6 +35,14 @@ class StepTime:
     weights: Weights
     target: Target
     block_bytes: int
+    prefill_share: float | None = None
+
+    @property
+    def origin(self) -> str:
+        """What the kernels' times rest on, in words."""
+        if self.prefill_share is None:
+            return self.kernel.origin
+        return f"{self.kernel.origin}, prompts at {self.prefill_share:.0%} of the matrix rate"
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -45,6 +54,7 @@ class StepTime:
         read = self.target.bandwidth_gbs * 1e9 * READ_SHARE
         peak = self.target.f16_tflops * 1e12
         layers = self.model.num_layers
+        share = PREFILL_SHARE if self.prefill_share is None else self.prefill_share
         moved = 2 * batch.copies * self.block_bytes / read
         moved += (batch.swapped_out + batch.swapped_in) * self.block_bytes / (SWAP_GBS * 1e9)
         tokens = batch.num_tokens
@@ -64,5 +74,5 @@ class StepTime:
             pairs = chunk.tokens * (chunk.context + (chunk.tokens + 1) / 2)
             flops = 4 * self.model.num_q_heads * self.model.head_dim * pairs
             context = (chunk.context + chunk.tokens) * self.kernel.spec.kv_bytes_per_token
-            prompts += layers * max(flops / (peak * PREFILL_SHARE), context / read)
+            prompts += layers * max(flops / (peak * share), context / read)
         return products + attention + prompts + moved, attention

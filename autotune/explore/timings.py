@@ -12,11 +12,13 @@ from pagedgen.autotune.suites.report import Environment
 from pagedgen.errors import InvalidValue, MalformedFile
 from pagedgen.values import codec
 from pagedgen.values.spec import DType, KernelSpec
+from pagedgen.values.target import Target
+from pagedgen.values.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
 class KernelTiming:
-    """One kernel on one batch of equal lengths.
+    """One kernel on one batch of equal lengths: of decode, or of extend with ``num_queries`` new tokens.
 
     ``coverage`` is the share (0 to 1) of the KV tokens that lie in runs of blocks side by side, of 64 tokens
     or more. Times are microseconds of one call; a kernel that failed has none.
@@ -32,10 +34,14 @@ class KernelTiming:
     samples_us: tuple[float, ...]
     detail: str = ""  # the schedule, and where it comes from
     failure: str = ""
+    num_queries: int = 0  # query tokens of all sequences; 0: one each, a decode step
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_seqs <= self.num_tokens:
             raise InvalidValue("num_seqs", self.num_seqs, f"1 to num_tokens ({self.num_tokens}) is allowed")
+        if not 0 <= self.num_queries <= self.num_tokens:
+            allowed = f"0 to num_tokens ({self.num_tokens}) is allowed"
+            raise InvalidValue("num_queries", self.num_queries, allowed)
         if not 0 <= self.coverage <= 1:
             raise InvalidValue("coverage", self.coverage, "a share from 0 to 1 is allowed")
         if any(not sample > 0 for sample in self.samples_us) or bool(self.samples_us) == bool(self.failure):
@@ -45,6 +51,14 @@ class KernelTiming:
     def median_us(self) -> float:
         """Of the samples; there have to be some."""
         return statistics.median(self.samples_us)
+
+    @property
+    def workload(self) -> Workload:
+        """The batch."""
+        length = self.num_tokens // self.num_seqs
+        if not self.num_queries:
+            return Workload.uniform(self.num_seqs, length)
+        return Workload.chunks(self.num_seqs, self.num_queries // self.num_seqs, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +98,27 @@ class KernelTimings:
         """
         return tuple(row for row in self.rows if row.samples_us and _shape(row.spec) == _shape(spec))
 
+    def matmul_share(self, spec: KernelSpec, target: Target) -> float | None:
+        """FLOP/s of an extend kernel as a share of the target's 16-bit matrix rate; None where not measured.
+
+        The geometric mean over batches, at the least run coverage.
+        """
+        rows = self.of(spec)
+        least = min((row.coverage for row in rows), default=0.0)
+        rates = [row.workload.flops(spec) / row.median_us * 1e-6 for row in rows if row.coverage == least]
+        return statistics.geometric_mean(rates) / target.f16_tflops if rates else None
+
     def lines(self) -> list[str]:
         """A table for a terminal: a line a spec and batch, a column a coverage."""
         coverages = sorted({row.coverage for row in self.rows})
         lines = [f"{'':44}" + "".join(f"{c:>10.0%}" for c in coverages) + "  of tokens in runs of 64"]
-        cases: dict[tuple[KernelSpec, int, int], list[KernelTiming]] = {}
+        cases: dict[tuple[KernelSpec, Workload], list[KernelTiming]] = {}
         for row in self.rows:
-            cases.setdefault((row.spec, row.num_seqs, row.num_tokens), []).append(row)
-        for (spec, seqs, tokens), rows in cases.items():
+            cases.setdefault((row.spec, row.workload), []).append(row)
+        for (spec, workload), rows in cases.items():
             cells = {row.coverage: f"{row.median_us:,.1f}" if row.samples_us else "failed" for row in rows}
             lines.append(
-                f"{spec.name + f' {seqs}x{tokens // seqs}':44}"
+                f"{f'{spec.name} {workload.name}':44}"
                 + "".join(f"{cells.get(c, '-'):>10}" for c in coverages)
             )
         failed = [f"{row.spec.name}: {row.failure}" for row in self.rows if row.failure]

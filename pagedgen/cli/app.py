@@ -624,7 +624,7 @@ def explore(
         typer.Option(
             metavar="FILE",
             help="Measured times: what [b]pagedgen bench --suite block-sizes-gpu --json[/] wrote. "
-            "Records of this GPU come first; where neither is known, times are predicted.",
+            "Without it, records of this GPU; where neither is known, times are predicted.",
             rich_help_panel=HOW,
         ),
     ] = None,

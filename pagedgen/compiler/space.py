@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import cache
 
 from pagedgen.compiler.families import family_for
 from pagedgen.errors import NoCandidate
+from pagedgen.templates.family import Family
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
 PROBE = Workload.uniform(1, 1)  # legality does not depend on the workload
+
+
+@cache
+def _tests(family: Family) -> tuple[tuple[tuple[str, ...], Callable[..., bool]], ...]:
+    """The family's constraints as functions, each with the names of its arguments."""
+    import sympy
+
+    tests = []
+    for constraint in family.constraints():
+        arguments = sorted(constraint.holds.free_symbols, key=str)
+        names = tuple(str(symbol) for symbol in arguments)
+        tests.append((names, sympy.lambdify(arguments, constraint.holds, "math")))
+    return tuple(tests)
+
+
+def is_legal(spec: KernelSpec, target: Target, schedule: Schedule) -> bool:
+    """Whether a schedule of the spec's family meets all constraints.
+
+    Raises:
+        Unsupported: no template covers the spec on this target.
+    """
+    family = family_for(spec, target)
+    symbols = family.symbols(spec, target, schedule, PROBE)
+    return all(test(*(symbols[name] for name in names)) for names, test in _tests(family))
 
 
 @cache
@@ -23,21 +49,13 @@ def feasible(spec: KernelSpec, target: Target) -> tuple[Schedule, ...]:
         Unsupported: no template covers the spec on this target.
         NoCandidate: the constraints leave nothing.
     """
-    import sympy
-
     family = family_for(spec, target)
     fields = family.fields(spec, target)
-    tests = []
-    for constraint in family.constraints():
-        names = sorted(str(symbol) for symbol in constraint.holds.free_symbols)
-        arguments = sorted(constraint.holds.free_symbols, key=str)
-        tests.append((names, sympy.lambdify(arguments, constraint.holds, "math")))
     found = []
     for values in itertools.product(*(field.values for field in fields)):
         choices = {field.name: value for field, value in zip(fields, values, strict=True)}
         schedule = Schedule.of(family.name, **choices)
-        symbols = family.symbols(spec, target, schedule, PROBE)
-        if all(test(*(symbols[name] for name in names)) for names, test in tests):
+        if is_legal(spec, target, schedule):
             found.append(schedule)
     if not found:
         raise NoCandidate(f"{spec.name} on {target.name}: no schedule meets the constraints of {family.name}")

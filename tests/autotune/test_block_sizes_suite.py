@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,14 +17,19 @@ from pagedgen.autotune.suites.block_sizes_gpu import (
     BATCHES,
     BLOCK_SIZES,
     COVERAGES,
-    aged_contenders,
+    PROMPTS,
+    Aged,
+    Group,
     aged_table,
+    candidates,
     coverages,
     groups,
+    time_group,
     timing,
 )
-from pagedgen.autotune.suites.contest import Contender, contest
-from pagedgen.compiler.verify import make_inputs, reference
+from pagedgen.autotune.suites.contest import Contender
+from pagedgen.compiler.space import is_legal
+from pagedgen.compiler.verify import reference
 from pagedgen.errors import CompileError, DeviceMissing
 from pagedgen.values.record import Status
 from pagedgen.values.spec import DType, KernelSpec, KInner, Op
@@ -67,36 +76,50 @@ def test_large_blocks_are_runs_themselves():
 
 def test_the_groups_are_what_was_promised():
     todo = groups()
-    specs = {spec for group in todo for spec in group.specs}
-    assert len(todo) == 2 * 2 * len(BATCHES)
-    assert {(s.head_dim, s.kv_dtype) for s in specs} == {
-        (dim, kv) for dim in (64, 128) for kv in (DType.F16, DType.FP8_E4M3)
+    kinds = {
+        (s.op, s.head_dim, s.num_q_heads, s.num_kv_heads, s.kv_dtype) for group in todo for s in group.specs
     }
+    formats = {(dim, 32, 8, kv) for dim in (64, 128) for kv in (DType.F16, DType.FP8_E4M3)}
+    assert kinds == {(op, *kind) for op in (Op.DECODE, Op.EXTEND) for kind in formats} | {
+        (Op.DECODE, 128, 16, 2, DType.F16)
+    }
+    assert len(todo) == 5 * len(BATCHES) + 4 * len(PROMPTS)
     assert all([spec.block_size for spec in group.specs] == list(BLOCK_SIZES) for group in todo)
-    assert todo[0].name == "head_dim 64, f16, 8x4096"
+    assert todo[0].name == "decode, head_dim 64, 32/8 heads, f16, 8x4096"
+
+
+@pytest.mark.parametrize("op", [Op.DECODE, Op.EXTEND])
+def test_every_block_size_has_the_same_candidates(op):
+    h100 = target("h100")
+    group = next(g for g in groups() if g.specs[0].op is op)
+    found = [candidates(spec, h100) for spec in group.specs]
+    assert all(len(set(schedules)) == len(found[0]) > 2 for schedules in found)
+    assert all(is_legal(spec, h100, s) for spec, row in zip(group.specs, found, strict=True) for s in row)
+    free = [{tuple((k, v) for k, v in s.choices if k != "ids") for s in schedules} for schedules in found]
+    assert all(row == free[0] for row in free)
 
 
 def test_kernels_read_the_aged_table(cpu_kernels, tmp_path):
-    """A CPU kernel through the same path: it is gated, and its result is that of the table it was given."""
+    """CPU kernels through the same path: they are gated, and read the table that they are given."""
     spec, workload, where = cpu_kernels
-    found = aged_contenders(spec, where, workload, "cpu", tmp_path)
-    assert [coverage for coverage, _ in found] == list(COVERAGES)
-    rows, _ = contest([contender for _, contender in found], 2)
+    aged = Aged(spec, where, workload, "cpu", tmp_path)
+    for coverage in (0.5, 1.0):
+        contender = aged.contender(0, coverage)
+        contender.clock._call(0)
+        inputs = aged.inputs(coverage)[0]
+        expected = reference(spec, inputs)[0]
+        assert (inputs.out.double() - expected).abs().max() < 1e-3
+    assert (aged.inputs(0.5)[0].block_table != aged.inputs(1.0)[0].block_table).any()
+    rows = time_group(Group((spec,), workload), where, tmp_path, "cpu")
+    assert [row.coverage for row in rows] == list(COVERAGES)
     assert all(row.samples_us and not row.failure for row in rows)
-    assert len({row.contender for row in rows}) == 4
-    contender = found[1][1]
-    inputs = contender.clock._call.__defaults__[0]
-    contender.clock._call(0)
-    expected = reference(spec, inputs[0])[0]
-    assert (inputs[0].out.double() - expected).abs().max() < 1e-3
-    fresh = make_inputs(spec, workload.seq_lens, "cpu", 0, pool="hnd", poison=False)
-    assert (inputs[0].block_table != fresh.block_table).any()
 
 
 @pytest.fixture
 def cpu_kernels(tmp_path, monkeypatch):
     pytest.importorskip("tvm")
     monkeypatch.setenv("PAGEDGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setitem(block_sizes_gpu.SHAPES, Op.DECODE, ({}, {"ahead": 0}))
     spec = KernelSpec(Op.DECODE, 64, 4, 2, 16, DType.F32, DType.F32, k_inner=KInner.DIM)
     return spec, Workload.uniform(3, 256), target("cpu")
 
@@ -108,7 +131,9 @@ class FakeClock:
         self.us = us
 
     def warm(self) -> None:
-        """Nothing to do."""
+        """Fail where there is no time to tell."""
+        if math.isnan(self.us):
+            raise RuntimeError("illegal address")
 
     def sample(self) -> float:
         return self.us
@@ -138,35 +163,47 @@ class Here:
 def test_from_kernels_to_the_explorer(tmp_path, monkeypatch):
     """The whole suite with kernels whose times are made up: failures are kept, the rest is read back."""
 
-    def fake(spec, where, workload, device, folder):
-        if spec.block_size == 8:
-            raise CompileError("spills")
-        return [
-            (c, Contender(f"{spec.block_size} {c}", FakeClock(100 + spec.block_size - 20 * c), 1))  # type: ignore[arg-type]
-            for c in coverages(spec.block_size)
-        ]
+    class Fake:
+        """Of three variants the second is the fastest; the third fails when it is called."""
+
+        def __init__(self, spec, where, workload, device, folder):
+            if spec.block_size == 8:
+                raise CompileError("spills")
+            self.spec = spec
+            self.variants = {0: "slow", 1: "fast", 2: "fails"}
+
+        def contender(self, variant, coverage):
+            size = self.spec.block_size
+            us = 200 - 100 * variant + size - 20 * coverage if variant < 2 else math.nan
+            return Contender(f"{size} {coverage} {variant}", FakeClock(us), 1, self.variants[variant])  # type: ignore[arg-type]
 
     h100 = target("h100")
     monkeypatch.setattr(block_sizes_gpu, "gpu_target", lambda: h100)
     monkeypatch.setattr(block_sizes_gpu, "device_of", lambda _: type("D", (), {"present": True}))
     monkeypatch.setattr(block_sizes_gpu, "Workshop", Here)
-    monkeypatch.setattr(block_sizes_gpu, "compile_picks", lambda *_: None)
+    monkeypatch.setattr(block_sizes_gpu, "compile_candidates", lambda *_: None)
     monkeypatch.setattr(block_sizes_gpu, "gpu_read_gbs", lambda: 3000.0)
-    monkeypatch.setattr(block_sizes_gpu, "aged_contenders", fake)
+    monkeypatch.setattr(block_sizes_gpu, "Aged", Fake)
     noted: list[str] = []
     report = run_suite("block-sizes-gpu", tmp_path / "t.json", noted.append)
     assert KernelTimings.load(tmp_path / "t.json") == report and report.read_gbs == 3000
     assert report.environment.target == "h100-sxm"
     assert report.notes == tuple(
-        f"head_dim 64, {kv}, 256x1024: WorkerLost: the process died" for kv in ("f16", "fp8_e4m3")
+        f"decode, head_dim 64, 32/8 heads, {kv}, 256x1024: WorkerLost: the process died"
+        for kv in ("f16", "fp8_e4m3")
     )
-    assert len({(row.spec, row.num_seqs) for row in report.rows}) == 7 * (4 * len(BATCHES) - 2)
+    assert len({(row.spec, row.workload) for row in report.rows}) == 7 * (len(groups()) - 2)
+    assert {row.detail for row in report.rows if not row.failure} == {"fast"}
     failed = [row for row in report.rows if row.spec.block_size == 8]
     assert failed and all(row.failure == "CompileError: spills" for row in failed)
-    spec = groups()[3].specs[2]
+    spec = groups()[6].specs[2]
     found = kernel_time(spec, h100, 64, 4096, report)
     assert found.status is Status.MEASURED
     assert found.at(64, 64 * 2048) == pytest.approx(116) and found.factor(1.0) == pytest.approx(96 / 116)
+    flops = [batch.flops(extend := replace(spec, op=Op.EXTEND)) for batch in PROMPTS]
+    expected = statistics.geometric_mean(flops) / 116e-6 / (h100.f16_tflops * 1e12)
+    assert report.matmul_share(extend, h100) == pytest.approx(expected)
+    assert report.matmul_share(replace(extend, head_dim=256), h100) is None
     assert "head_dim 64" in noted[0] and any("block size 1" in line for line in noted)
     assert any("failed" in line for line in report.lines())
 
@@ -175,6 +212,8 @@ def test_a_row_that_failed_has_no_samples():
     spec = groups()[0].specs[0]
     row = timing(spec, BATCHES[0], 0.5, "no")
     assert (row.samples_us, row.failure, row.num_tokens) == ((), "no", 8 * 4096)
+    row = timing(replace(spec, op=Op.EXTEND), PROMPTS[1], 0.5, "no")
+    assert row.workload == PROMPTS[1] and row.num_queries == 2048
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):

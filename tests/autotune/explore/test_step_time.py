@@ -71,9 +71,10 @@ def _save(database, workloads, factor, status=Status.MEASURED):
     database.save(Entry(SPEC, H100.name, tuple(records), select({schedule: times}, status)))
 
 
-def test_measured_records_come_first(empty):
+def test_measured_records_come_before_the_model(empty):
     _save(empty, [Workload.uniform(4, 1024), Workload("ragged", (1000, 3000))], 1.5)
-    found = kernel_time(SPEC, H100, 64, 8192, _timings([_row(2.0)]), empty)
+    other = _row(2.0, spec=replace(SPEC, block_size=64))
+    found = kernel_time(SPEC, H100, 64, 8192, _timings([other]), empty)
     assert (found.status, found.origin) == (Status.MEASURED, "measured: 2 recorded batches")
     model = kernel_time(SPEC, H100, 64, 8192, records=Database(empty.shipped, empty.shipped))
     assert found.at(4, 4096) == pytest.approx(1.5 * model.at(4, 4096), rel=1e-9)
@@ -97,7 +98,8 @@ def _timings(rows):
     )
 
 
-def test_then_the_file_of_the_suite(empty, tmp_path):
+def test_the_file_of_the_suite_comes_first(empty, tmp_path):
+    _save(empty, [Workload.uniform(4, 1024)], 1.5)
     rows = [
         _row(2.0),
         _row(1.8, coverage=0.5),
@@ -114,7 +116,7 @@ def test_then_the_file_of_the_suite(empty, tmp_path):
     for spec in (SPEC, bf16):
         found = kernel_time(spec, H100, 64, 8192, timings, empty)
         assert found.status is Status.MEASURED and "5 rows of block-sizes-gpu" in found.origin
-    model = kernel_time(SPEC, H100, 64, 8192, records=empty)
+    model = kernel_time(SPEC, H100, 64, 8192, records=Database(empty.shipped, empty.shipped))
     found = kernel_time(SPEC, H100, 64, 8192, timings, empty)
     assert found.at(4, 4096) == pytest.approx(2 * model.at(4, 4096), rel=1e-9)
     assert found.at(32, 32 * 4096) == pytest.approx(3 * model.at(32, 32 * 4096), rel=1e-9)
@@ -181,6 +183,16 @@ def test_a_step_is_the_sum_of_its_parts(step_time):
     assert model(_batch(8, 8192, (chunk,)))[0] < model(_batch(8, 8192))[0] + seconds  # weights are read once
     assert model(_batch(copies=3))[0] == pytest.approx(2 * 3 * 16_000 / read)
     assert model(_batch(swapped_out=2, swapped_in=1))[0] == pytest.approx(3 * 16_000 / 25e9)
+
+
+def test_a_measured_rate_of_prompts_takes_the_place_of_the_assumed_one(step_time):
+    assumed = step_time(Policy(16))
+    model = replace(assumed, prefill_share=2 * PREFILL_SHARE)
+    batch = _batch(chunks=(Chunk(Request(0, Lengths(10_000, 1)), 1000, 4000, False),))
+    pairs = sum(range(1001, 5001))
+    saved = 4 * 4 * 8 * 64 * pairs / (H100.f16_tflops * 1e12 * 2 * PREFILL_SHARE)
+    assert assumed(batch)[0] - model(batch)[0] == pytest.approx(saved)
+    assert model.origin == f"{assumed.origin}, prompts at 70% of the matrix rate"
 
 
 def test_coverage_reaches_the_kernel(step_time):
