@@ -32,7 +32,7 @@ SCORES = 1 << 25  # float64 scores that the reference holds at a time
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Arguments of one call; shapes as in ``KernelSpec``. The last ones are for specs that have them alone."""
+    """Arguments of one call; shapes as in ``KernelSpec``. The last are for specs that have them."""
 
     q: torch.Tensor
     k: torch.Tensor

@@ -8,8 +8,8 @@ from pagedgen.errors import InvalidValue
 from pagedgen.values.spec import Causality, KernelSpec
 
 
-def kv_pairs(spec: KernelSpec, q_len: int, seq_len: int) -> int:
-    """(query, key) pairs of one sequence that attention takes into account, the queries its last tokens.
+def visible_pairs(spec: KernelSpec, q_len: int, seq_len: int) -> int:
+    """(query, key) pairs of one sequence that a spec takes into account, the queries its last tokens.
 
     Where causality is per sequence, those of a causal one.
     """
@@ -22,11 +22,12 @@ def kv_pairs(spec: KernelSpec, q_len: int, seq_len: int) -> int:
     pairs = 0
     for begin in range(first // chunk * chunk, seq_len, chunk):
         end = min(begin + chunk, seq_len)
-        pairs += _causal_pairs(end - max(first, begin), end - begin, spec.window)
+        pairs += kv_pairs(end - max(first, begin), end - begin, spec.window)
     return pairs
 
 
-def _causal_pairs(q_len: int, seq_len: int, window: int | None) -> int:
+def kv_pairs(q_len: int, seq_len: int, window: int | None) -> int:
+    """(query, key) pairs of one sequence that causal attention takes into account."""
     first = seq_len - q_len
     whole = q_len * first + q_len * (q_len + 1) // 2
     if window is None or window >= seq_len:
@@ -105,5 +106,5 @@ class Workload:
     def flops(self, spec: KernelSpec) -> int:
         """Of both matrix products, for the keys that each query sees: what TFLOP/s are stated on."""
         lens = zip(self.lens_of_queries, self.seq_lens, strict=True)
-        pairs = sum(kv_pairs(spec, q, kv) for q, kv in lens)
+        pairs = sum(visible_pairs(spec, q, kv) for q, kv in lens)
         return 2 * (spec.head_dim + spec.v_dim) * spec.num_q_heads * pairs

@@ -202,7 +202,7 @@ class TritonExtend(Family):
                 continue
             mine = cdiv(q_len * group, tile_m)
             rows = max(1, tile_m // group)  # query tokens of a tile
-            seen = kv_pairs(spec, q_len, seq_len) // q_len + rows  # KV tokens a tile works through
+            seen = kv_pairs(q_len, seq_len, spec.window) // q_len + rows  # KV tokens a tile works through
             programs += mine
             kv_tiles += mine * cdiv(seen, tile)
             memory += min(seq_len, q_len + spec.window) if spec.window else seq_len

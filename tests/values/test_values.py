@@ -18,7 +18,7 @@ from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import Causality, DType, KernelSpec, Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import table
-from pagedgen.values.workload import Workload, kv_pairs
+from pagedgen.values.workload import Workload, visible_pairs
 
 SPEC = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.BF16, DType.BF16)
 MEASURED = Record(
@@ -132,7 +132,7 @@ def test_manifests_round_trip_and_point_at_variants_that_exist():
         replace(entry, dispatch=())
 
 
-def test_kv_pairs_counts_what_a_mask_of_booleans_counts(make_spec):
+def test_visible_pairs_counts_what_a_mask_of_booleans_counts(make_spec):
     lens = ((1, 1), (5, 9), (9, 9), (3, 20), (7, 7), (13, 20), (0, 6))
     masks = itertools.product(lens, (None, 1, 3, 4, 50), (None, 1, 4, 7, 64), ("causal", "full"))
     for (q_len, seq_len), window, chunk, causality in masks:
@@ -141,7 +141,7 @@ def test_kv_pairs_counts_what_a_mask_of_booleans_counts(make_spec):
             sees = (t <= p or causality == "full") and abs(p - t) < (window or 99)
             pairs += sees and (chunk is None or t // chunk == p // chunk)
         spec = make_spec(op="extend", window=window, attention_chunk=chunk, causality=Causality(causality))
-        assert kv_pairs(spec, q_len, seq_len) == pairs
+        assert visible_pairs(spec, q_len, seq_len) == pairs
 
 
 def test_query_lengths_fit_their_sequences():
