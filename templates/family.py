@@ -65,6 +65,7 @@ class Family(ABC):
     shared: tuple[Path, ...] = ()  # files the source imports; they count in the template's hash
     spill_bytes: int = 0  # a thread, that a kernel may spill and still be used
     masks: tuple[str, ...] = ()  # of KernelSpec.masks, those that the template covers
+    v_dims: bool = False  # whether V's rows may have another length than K's
 
     @abstractmethod
     def check(self, spec: KernelSpec, target: Target) -> None:

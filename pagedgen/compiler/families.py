@@ -50,6 +50,10 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
             raise Unsupported(
                 f"{mask} = {value}: {family.name} covers {', '.join(family.masks) or 'no masks'}"
             )
+    if spec.head_dim_v is not None and not family.v_dims:
+        raise Unsupported(
+            f"head_dim_v = {spec.head_dim_v}: {family.name} covers head_dim_v = head_dim ({spec.head_dim})"
+        )
     family.check(spec, target)
     return family
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pagedgen.compiler.families import family_for
 from pagedgen.errors import InvalidValue, Unsupported
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 
 BASE = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.F16, DType.F16)
@@ -33,6 +33,11 @@ FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("window", {"window": 4096}),
     ("logits_soft_cap", {"logits_soft_cap": 50.0}),
     ("sinks", {"sinks": True}),
+    ("head_dim 192, of V 128", {"head_dim": 192, "head_dim_v": 128}),
+    ("alibi", {"alibi": True}),
+    ("attention_chunk", {"attention_chunk": 8192}),
+    ("causality full", {"causality": Causality.FULL}),
+    ("causality per_sequence", {"causality": Causality.PER_SEQUENCE}),
 )
 
 

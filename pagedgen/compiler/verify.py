@@ -20,7 +20,7 @@ import torch
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.record import Verdict
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
 
 F32_WEIGHT = 4e-6
 EPS = {DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
@@ -32,7 +32,7 @@ SCORES = 1 << 25  # float64 scores that the reference holds at a time
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Arguments of one call; shapes as in ``KernelSpec``. ``cu_seqlens_q`` is for extend alone."""
+    """Arguments of one call; shapes as in ``KernelSpec``. The last are for specs that have them."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -47,6 +47,14 @@ class Inputs:
     max_seq_len: int
     cu_seqlens_q: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    causal: torch.Tensor | None = None
+
+    @property
+    def extras(self) -> tuple[torch.Tensor, ...]:
+        """The arguments after ``variant``: those of the spec's modifiers, in the ABI's order."""
+        given = (self.sinks, self.alibi_slopes, self.causal)
+        return tuple(tensor for tensor in given if tensor is not None)
 
 
 class Callee(Protocol):
@@ -65,20 +73,21 @@ def empty_pool(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised K and V pools of the logical shape, strided as ``pool`` says; bytes for fp8."""
     kind = torch.uint8 if spec.kv_dtype.is_fp8 else TORCH_DTYPES[spec.kv_dtype]
-    blocks, tokens, heads, dim = num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim
+    blocks, tokens, heads = num_blocks, spec.block_size, spec.num_kv_heads
+    dim, v_dim = spec.head_dim, spec.v_dim
     if pool == "packed":
-        both = torch.empty(blocks, tokens, heads, 2 * dim, dtype=kind, device=device)
+        both = torch.empty(blocks, tokens, heads, dim + v_dim, dtype=kind, device=device)
         k, v = both[..., :dim], both[..., dim:]
     elif pool == "hnd":
         k = torch.empty(blocks, heads, tokens, dim, dtype=kind, device=device).transpose(1, 2)
-        v = torch.empty(blocks, heads, tokens, dim, dtype=kind, device=device).transpose(1, 2)
+        v = torch.empty(blocks, heads, tokens, v_dim, dtype=kind, device=device).transpose(1, 2)
     else:
         k = torch.empty(blocks, tokens, heads, dim, dtype=kind, device=device)
-        v = torch.empty(blocks, tokens, heads, dim, dtype=kind, device=device)
+        v = torch.empty(blocks, tokens, heads, v_dim, dtype=kind, device=device)
     if spec.k_inner is KInner.TOKEN:
         k = torch.empty(blocks, heads, dim, tokens, dtype=kind, device=device).permute(0, 3, 1, 2)
         if pool != "nhd":  # V head-major beside token-innermost K: the layout of the project's own CPU cache
-            v = torch.empty(blocks, heads, tokens, dim, dtype=kind, device=device).transpose(1, 2)
+            v = torch.empty(blocks, heads, tokens, v_dim, dtype=kind, device=device).transpose(1, 2)
     return k, v
 
 
@@ -107,7 +116,7 @@ def make_inputs(
     device = torch.device(device)
     generator = torch.Generator(device=device).manual_seed(seed)
     shuffle = random.Random(seed)
-    block, heads, dim = spec.block_size, spec.num_kv_heads, spec.head_dim
+    block, dim = spec.block_size, spec.head_dim
     blocks_of = [-(-n // block) for n in seq_lens]
     num_blocks = sum(blocks_of) + spare_blocks
     order = list(range(num_blocks))
@@ -123,17 +132,16 @@ def make_inputs(
     block_table = torch.tensor(rows, dtype=torch.int32, device=device)
 
     k, v = empty_pool(spec, num_blocks, pool, device)
-    shape = (num_blocks, block, heads, dim)
     is_fp8 = spec.kv_dtype.is_fp8
     for tensor in (k, v):
         if is_fp8 and all_codes:
-            codes = torch.randint(0, 256, shape, dtype=torch.int32, generator=generator, device=device)
+            codes = torch.randint(0, 256, tensor.shape, dtype=torch.int32, generator=generator, device=device)
             limit = 0x7E if spec.kv_dtype is DType.FP8_E4M3 else 0x7B  # largest finite magnitude
             magnitude = codes & 0x7F
             codes = torch.where(magnitude > limit, codes & 0xBF, codes)
             tensor.copy_(codes.to(torch.uint8))
         else:
-            values = torch.randn(shape, dtype=torch.float32, generator=generator, device=device)
+            values = torch.randn(tensor.shape, dtype=torch.float32, generator=generator, device=device)
             if is_fp8:
                 tensor.copy_(values.to(TORCH_DTYPES[spec.kv_dtype]).view(torch.uint8))
             else:
@@ -149,7 +157,7 @@ def make_inputs(
 
     scales: list[torch.Tensor | None] = [None, None]
     if is_fp8:
-        size = heads if spec.kv_scale is KVScale.HEAD else 1
+        size = spec.num_kv_heads if spec.kv_scale is KVScale.HEAD else 1
         for i in range(2):
             random_scale = torch.rand(size, generator=generator, device=device) + 0.5
             scales[i] = (random_scale / (64 if all_codes else 1)).float()
@@ -163,7 +171,8 @@ def make_inputs(
     q = torch.randn(q_shape, dtype=torch.float32, generator=generator, device=device).to(
         TORCH_DTYPES[spec.q_dtype]
     )
-    out = torch.full(q_shape, float("nan"), dtype=q.dtype, device=device)
+    out_shape = (num_tokens, spec.num_q_heads, spec.v_dim)
+    out = torch.full(out_shape, float("nan"), dtype=q.dtype, device=device)
     lse = torch.full(q_shape[:2], float("nan"), device=device) if spec.return_lse else None
     if is_fp8:
         k, v = k.view(TORCH_DTYPES[spec.kv_dtype]), v.view(TORCH_DTYPES[spec.kv_dtype])
@@ -171,18 +180,21 @@ def make_inputs(
     sinks = None
     if spec.sinks:
         sinks = 2 * torch.randn(spec.num_q_heads, generator=generator, device=device)
+    alibi_slopes = causal = None
+    if spec.alibi:  # the usual ones lie between 2^-8 and 2^-0.5
+        alibi_slopes = 2 ** (-8 * torch.rand(spec.num_q_heads, generator=generator, device=device))
+    if spec.causality is Causality.PER_SEQUENCE:
+        causal = torch.randint(0, 2, lens.shape, generator=generator, device=device, dtype=torch.uint8)
     softmax_scale = dim**-0.5 * max(1.0, (spec.logits_soft_cap or 0.0) / 4)
     return Inputs(
         q, k, v, block_table, lens, out, lse, scales[0], scales[1], softmax_scale, width * block,
-        cu_seqlens_q, sinks,
+        cu_seqlens_q, sinks, alibi_slopes, causal,
     )  # fmt: skip
 
 
 def _first_seen(spec: KernelSpec, seq_len: int, query_len: int) -> int:
     """The first position that any of the last ``query_len`` tokens sees; seq_len if there is no query."""
-    if not query_len:
-        return seq_len
-    return 0 if spec.window is None else max(0, seq_len - query_len - spec.window + 1)
+    return spec.visible(seq_len - query_len, seq_len).start if query_len else seq_len
 
 
 def query_ranges(spec: KernelSpec, inputs: Inputs) -> list[tuple[int, int]]:
@@ -205,11 +217,11 @@ def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Ten
     """Attention in float64.
 
     Returns:
-        out ``[num_tokens, num_q_heads, head_dim]``, lse ``[num_tokens, num_q_heads]`` and, per output, the
+        out ``[num_tokens, num_q_heads, v_dim]``, lse ``[num_tokens, num_q_heads]`` and, per output, the
         magnitude that rounding errors scale with (``sum_t p_t |v_t|`` and a trace of the largest). Rows that
         are no sequence's are NaN.
     """
-    out = torch.full(inputs.q.shape, float("nan"), dtype=torch.float64, device=inputs.q.device)
+    out = torch.full(inputs.out.shape, float("nan"), dtype=torch.float64, device=inputs.q.device)
     magnitude = out.clone()
     lse = out[..., 0].clone()
     lens: list[int] = inputs.seq_lens.tolist()
@@ -224,12 +236,30 @@ def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Ten
             rows = slice(start, min(start + at_once, end))
             position = length - end + torch.arange(rows.start, rows.stop, device=inputs.q.device)
             seen = torch.arange(length, device=inputs.q.device)[begin * spec.block_size :]
-            visible = seen <= position[:, None]  # [queries, tokens]
-            if spec.window is not None:
-                visible &= seen > position[:, None] - spec.window
-            part = _attend(spec, inputs, inputs.q[rows], k, v, visible)
+            distance = position[:, None] - seen  # [queries, tokens]
+            visible = _visible(spec, position, seen, is_causal(spec, inputs, row))
+            part = _attend(spec, inputs, inputs.q[rows], k, v, visible, distance)
             out[rows], lse[rows], magnitude[rows] = part
     return out, lse, magnitude
+
+
+def is_causal(spec: KernelSpec, inputs: Inputs, row: int) -> bool:
+    """Whether the queries of sequence ``row`` see nothing behind themselves."""
+    return spec.causality is Causality.CAUSAL if inputs.causal is None else bool(inputs.causal[row])
+
+
+def _visible(spec: KernelSpec, position: torch.Tensor, seen: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Which of the tokens at ``seen`` the queries at ``position`` see, bool ``[queries, tokens]``.
+
+    What ``KernelSpec.visible`` says, told from its other side: a test holds the two together.
+    """
+    distance = position[:, None] - seen
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if spec.window is not None:
+        visible &= distance.abs() < spec.window
+    if spec.attention_chunk is not None:
+        visible &= position[:, None] // spec.attention_chunk == seen // spec.attention_chunk
+    return visible
 
 
 def _gather(
@@ -253,8 +283,9 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     visible: torch.Tensor,
+    distance: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, lse and magnitude of n queries of a sequence; ``visible`` is ``[n, tokens]``."""
+    """out, lse and magnitude of n queries of a sequence; ``visible``, ``distance`` are ``[n, tokens]``."""
     count, heads, group = q.shape[0], spec.num_kv_heads, spec.group_size
     q = q.double().view(count, heads, group, spec.head_dim)
     # What no query sees may be NaN; times a weight of 0 it would still be.
@@ -263,6 +294,9 @@ def _attend(
     scores = torch.einsum("nhgd,thd->nhgt", q, k) * inputs.softmax_scale
     if spec.logits_soft_cap is not None:
         scores = spec.logits_soft_cap * torch.tanh(scores / spec.logits_soft_cap)
+    if inputs.alibi_slopes is not None:
+        slopes = inputs.alibi_slopes.double().view(heads, group, 1)
+        scores = scores - slopes * distance.abs()[:, None, None, :]
     scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     if inputs.sinks is not None:
@@ -270,7 +304,7 @@ def _attend(
     weights = torch.exp(scores - lse[..., None])
     out = torch.einsum("nhgt,thd->nhgd", weights, v)
     # float16 weights below 2^-24 are lost, which is 2^-14 of its rounding unit times the largest value
-    lost = 2.0**-14 * v.abs().amax(0)  # [num_kv_heads, head_dim]
+    lost = 2.0**-14 * v.abs().amax(0)  # [num_kv_heads, v_dim]
     magnitude = torch.einsum("nhgt,thd->nhgd", weights, v.abs()) + lost[:, None]
     if spec.q_dtype is DType.F32:
         # A score summed in float32 errs by up to 2^-22 of its terms, and its weight by as much of itself.
@@ -325,9 +359,10 @@ def cases_of(spec: KernelSpec, seed: int) -> tuple[Case, ...]:
             Case((701,), "packed"),
             Case(many, "nhd", query_lens=chunks),
         ]
-    if spec.window is not None:
-        around = (spec.window + 257 + draw.randrange(200), spec.window, spec.window + 1, 2 * spec.window + 5)
-        cases.append(Case(around, "hnd", query_lens=(110, min(70, spec.window), 1, 3)))
+    for reach in (spec.window, spec.attention_chunk):
+        if reach is not None:
+            around = (reach + 257 + draw.randrange(200), reach, reach + 1, 2 * reach + 5)
+            cases.append(Case(around, "hnd", query_lens=(110, min(70, reach), 1, 3)))
     if spec.kv_dtype.is_fp8:
         cases.append(Case((1, 300, 129), "hnd", all_codes=True, query_lens=(1, 300, 40)))
     return tuple(cases)
@@ -339,9 +374,7 @@ def run_case(spec: KernelSpec, callee: Callee, variant: int, inputs: Inputs, wor
     if spec.op is Op.EXTEND:
         arguments.append(inputs.cu_seqlens_q)
     arguments += [inputs.out, inputs.lse, inputs.softmax_scale, inputs.k_scale, inputs.v_scale, workspace]
-    arguments += [inputs.max_seq_len, variant]
-    if spec.sinks:
-        arguments.append(inputs.sinks)
+    arguments += [inputs.max_seq_len, variant, *inputs.extras]
     getattr(callee, spec.op.value)(*arguments)
 
 

@@ -54,13 +54,13 @@ class WriteCase:
 
     def __init__(self, spec: KernelSpec, count: int, pool: Pool, device: torch.device, seed: int) -> None:
         make = torch.Generator(device="cpu").manual_seed(seed)
-        heads, dim = spec.num_kv_heads, spec.head_dim
+        heads, dim, v_dim = spec.num_kv_heads, spec.head_dim, spec.v_dim
         num_blocks = -(-count // spec.block_size) + 3
-        both = torch.randn(count, 3 * heads, dim, generator=make)
+        both = torch.randn(count, 3 * heads, max(dim, v_dim), generator=make)
         both *= torch.exp2(torch.randint(-14, 16, both.shape, generator=make).float())
         both[0, heads:, :4] = torch.tensor([0.0, -0.0, float("nan"), -1.0])
         both = both.to(TORCH_DTYPES[spec.q_dtype]).to(device)
-        self.new_k, self.new_v = both[:, heads : 2 * heads], both[:, 2 * heads :]
+        self.new_k, self.new_v = both[:, heads : 2 * heads, :dim], both[:, 2 * heads :, :v_dim]
         slots = torch.randperm(num_blocks * spec.block_size, generator=make)[:count]
         if count > 1:
             slots[::5] = -1

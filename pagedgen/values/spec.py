@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import total_ordering
 
@@ -58,7 +58,15 @@ class KInner(StrEnum):
     TOKEN = "token"  # K stored [.., head_dim, block_size]: fastest on CPUs
 
 
-MAX_WINDOW = 1 << 30  # tokens; a longer one is none
+class Causality(StrEnum):
+    """Whether a query sees the tokens behind its own."""
+
+    CAUSAL = "causal"  # no
+    FULL = "full"  # yes: encoders, and images that attend to themselves whole
+    PER_SEQUENCE = "per_sequence"  # as the call's `causal` says: uint8 [num_seqs], 0 for full
+
+
+MAX_WINDOW = 1 << 30  # tokens, of a window or of an attention chunk; a longer one is none
 
 DTYPE_ALIASES = {
     "fp32": DType.F32,
@@ -98,15 +106,25 @@ class KernelSpec:
     Shapes that follow from it: q, out ``[num_tokens, num_q_heads, head_dim]`` in ``q_dtype``, where decode
     has one query token a sequence; k, v ``[num_blocks, block_size, num_kv_heads, head_dim]`` (logical order,
     any strides but the innermost) in ``kv_dtype``; lse ``[num_tokens, num_q_heads]`` float32, natural
-    logarithm.
+    logarithm. With ``head_dim_v``, v and out have rows of ``head_dim_v`` (DeepSeek's 192/128); None, or
+    ``head_dim`` itself, which becomes None: all have ``head_dim``.
 
     ``write_kv`` stores new K and V, ``[num_tokens, num_kv_heads, head_dim]`` in ``q_dtype``, and has no query
     heads: ``num_q_heads`` is ``num_kv_heads``, and masks and an LSE are refused.
 
-    Masks and modifiers: a query sees the last ``window`` tokens up to and with its own (None: all of them);
-    scores are ``logits_soft_cap * tanh(score / logits_soft_cap)`` before the softmax (None: as they are);
-    with ``sinks`` a learned score a query head, float32 ``[num_q_heads]``, is in the softmax's sum and has no
-    value.
+    Masks and modifiers, any of them together:
+
+    - ``causality``: a query sees no token behind its own, or all of its sequence; a decode's query is the
+      last token, so that decode has nothing to choose;
+    - ``window``: it sees tokens less than ``window`` away from its own (None: however far);
+    - ``attention_chunk``: it sees tokens of its own chunk, ``t // attention_chunk == p // attention_chunk``
+      (None: of all; Llama 4's chunked attention);
+    - ``logits_soft_cap``: scores become ``logits_soft_cap * tanh(score / logits_soft_cap)`` (None: as they
+      are);
+    - ``alibi``: then ``- alibi_slopes[head] * |p - t|`` is added, float32 ``[num_q_heads]`` (Press et al.,
+      2022);
+    - ``sinks``: a learned score a query head, float32 ``[num_q_heads]``, is in the softmax's sum and has no
+      value.
 
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
@@ -125,14 +143,22 @@ class KernelSpec:
     window: int | None = None
     logits_soft_cap: float | None = None
     sinks: bool = False
+    # Fields from here on are left out of JSON where they hold their default: hashes of older specs stay.
+    head_dim_v: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
+    alibi: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
+    attention_chunk: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
+    causality: Causality = field(default=Causality.CAUSAL, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
-        for field in ("head_dim", "num_q_heads", "num_kv_heads", "block_size"):
-            value = getattr(self, field)
+        if self.head_dim_v == self.head_dim:  # one value, one form
+            object.__setattr__(self, "head_dim_v", None)
+        for name in ("head_dim", "num_q_heads", "num_kv_heads", "block_size"):
+            value = getattr(self, name)
             if type(value) is not int:
-                raise InvalidValue(field, value, "an integer is expected")
-        if not (32 <= self.head_dim <= 256 and self.head_dim % 8 == 0):
-            raise InvalidValue("head_dim", self.head_dim, "a multiple of 8 from 32 to 256 is allowed")
+                raise InvalidValue(name, value, "an integer is expected")
+        for name, dim in (("head_dim", self.head_dim), ("head_dim_v", self.v_dim)):
+            if not (type(dim) is int and 32 <= dim <= 256 and dim % 8 == 0):
+                raise InvalidValue(name, dim, "a multiple of 8 from 32 to 256 is allowed")
         if self.num_kv_heads < 1:
             raise InvalidValue("num_kv_heads", self.num_kv_heads, "at least 1 is allowed")
         if self.num_q_heads < 1 or self.num_q_heads % self.num_kv_heads:
@@ -151,11 +177,15 @@ class KernelSpec:
         if self.kv_dtype.is_fp8 == (self.kv_scale is KVScale.NONE):
             allowed = "fp8 takes 'tensor' or 'head', other types take 'none'"
             raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
-        if self.window is not None and not (type(self.window) is int and 1 <= self.window <= MAX_WINDOW):
-            raise InvalidValue("window", self.window, f"1 to {MAX_WINDOW} tokens, or None, is allowed")
+        for name, reach in (("window", self.window), ("attention_chunk", self.attention_chunk)):
+            if reach is not None and not (type(reach) is int and 1 <= reach <= MAX_WINDOW):
+                raise InvalidValue(name, reach, f"1 to {MAX_WINDOW} tokens, or None, is allowed")
         cap = self.logits_soft_cap
         if cap is not None and not (type(cap) is float and 0.01 <= cap <= 1000):
             raise InvalidValue("logits_soft_cap", cap, "a float from 0.01 to 1000, or None, is allowed")
+        if self.op is Op.DECODE and self.causality is not Causality.CAUSAL:
+            allowed = "causal is allowed: nothing comes after a decode's query"
+            raise InvalidValue("causality", self.causality.value, allowed)
 
         if self.op is Op.WRITE_KV:
             self._refuse_attention()
@@ -165,8 +195,8 @@ class KernelSpec:
         if self.num_q_heads != self.num_kv_heads:
             allowed = f"{self.num_kv_heads}, num_kv_heads, is allowed: {self.op.value} has no query heads"
             raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
-        for field in (*self.masks, *(("return_lse",) if self.return_lse else ())):
-            raise InvalidValue(field, getattr(self, field), f"not allowed: {self.op.value} has no softmax")
+        for name in (*self.masks, *(("return_lse",) if self.return_lse else ())):
+            raise InvalidValue(name, getattr(self, name), f"not allowed: {self.op.value} has no softmax")
 
     def __lt__(self, other: object) -> bool:
         if not isinstance(other, KernelSpec):
@@ -176,18 +206,42 @@ class KernelSpec:
     @property
     def _order(self) -> tuple[object, ...]:
         """What specs are sorted by: their fields, with 0 for None, which no field allows."""
-        values = (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, each.name) for each in fields(self))
         return tuple(0 if value is None else value for value in values)
 
     @property
     def masks(self) -> tuple[str, ...]:
-        """The fields among window, logits_soft_cap and sinks that this spec makes use of."""
+        """The fields of masks and modifiers that this spec makes use of, by name."""
         used = {
             "window": self.window is not None,
             "logits_soft_cap": self.logits_soft_cap is not None,
             "sinks": self.sinks,
+            "alibi": self.alibi,
+            "attention_chunk": self.attention_chunk is not None,
+            "causality": self.causality is not Causality.CAUSAL,
         }
         return tuple(name for name, is_used in used.items() if is_used)
+
+    def visible(self, position: int, seq_len: int, *, causal: bool = True) -> range:
+        """Positions that the query at ``position`` of a sequence of ``seq_len`` tokens sees: always a run.
+
+        ``causal`` counts where :attr:`causality` is per sequence.
+        """
+        if self.causality is not Causality.PER_SEQUENCE:
+            causal = self.causality is Causality.CAUSAL
+        first, end = 0, position + 1 if causal else seq_len
+        if self.window is not None:
+            first, end = max(first, position - self.window + 1), min(end, position + self.window)
+        if self.attention_chunk is not None:
+            chunk = position // self.attention_chunk
+            first = max(first, chunk * self.attention_chunk)
+            end = min(end, (chunk + 1) * self.attention_chunk)
+        return range(first, end)
+
+    @property
+    def v_dim(self) -> int:
+        """Elements of a row of V, and of the output: ``head_dim_v`` where there is one, else ``head_dim``."""
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def group_size(self) -> int:
@@ -197,14 +251,14 @@ class KernelSpec:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V together that one token occupies in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype.size
+        return self.num_kv_heads * (self.head_dim + self.v_dim) * self.kv_dtype.size
 
     @property
     def name(self) -> str:
         """Readable and unique among specs: ``decode-h128-q32-kv8-b16-f16-kvf8e4m3``."""
         parts = [
             self.op.value,
-            f"h{self.head_dim}",
+            f"h{self.head_dim}" if self.head_dim_v is None else f"h{self.head_dim}v{self.head_dim_v}",
             *(() if self.op is Op.WRITE_KV else (f"q{self.num_q_heads}",)),
             f"kv{self.num_kv_heads}",
             f"b{self.block_size}",
@@ -224,6 +278,14 @@ class KernelSpec:
             parts.append(f"cap{self.logits_soft_cap!r}")
         if self.sinks:
             parts.append("sinks")
+        if self.alibi:
+            parts.append("alibi")
+        if self.attention_chunk is not None:
+            parts.append(f"chunk{self.attention_chunk}")
+        if self.causality is Causality.FULL:
+            parts.append("full")
+        elif self.causality is Causality.PER_SEQUENCE:
+            parts.append("percausal")
         return "-".join(parts)
 
     @property

@@ -5,7 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pagedgen.errors import InvalidValue
-from pagedgen.values.spec import KernelSpec
+from pagedgen.values.spec import Causality, KernelSpec
+
+
+def visible_pairs(spec: KernelSpec, q_len: int, seq_len: int) -> int:
+    """(query, key) pairs of one sequence that a spec takes into account, the queries its last tokens.
+
+    Where causality is per sequence, those of a causal one.
+    """
+    first = seq_len - q_len
+    if spec.causality is Causality.FULL:
+        if spec.window is None and spec.attention_chunk is None:
+            return q_len * seq_len
+        return sum(len(spec.visible(position, seq_len)) for position in range(first, seq_len))
+    chunk = spec.attention_chunk or max(seq_len, 1)
+    pairs = 0
+    for begin in range(first // chunk * chunk, seq_len, chunk):
+        end = min(begin + chunk, seq_len)
+        pairs += kv_pairs(end - max(first, begin), end - begin, spec.window)
+    return pairs
 
 
 def kv_pairs(q_len: int, seq_len: int, window: int | None) -> int:
@@ -88,4 +106,5 @@ class Workload:
     def flops(self, spec: KernelSpec) -> int:
         """Of both matrix products, for the keys that each query sees: what TFLOP/s are stated on."""
         lens = zip(self.lens_of_queries, self.seq_lens, strict=True)
-        return 4 * spec.head_dim * spec.num_q_heads * sum(kv_pairs(q, kv, spec.window) for q, kv in lens)
+        pairs = sum(visible_pairs(spec, q, kv) for q, kv in lens)
+        return 2 * (spec.head_dim + spec.v_dim) * spec.num_q_heads * pairs

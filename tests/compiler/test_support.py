@@ -34,3 +34,8 @@ def test_a_cell_says_why_it_is_refused(make_spec):
     cpu = PROOFS[-1]
     assert cell(BASE, cpu) == "tested"
     assert cell(make_spec(op="extend"), cpu) == "refused: op extend on target kind cpu: no template"
+    gpu = PROOFS[0]
+    assert "head_dim_v = 64: triton-decode covers head_dim_v = head_dim (128)" in cell(
+        make_spec(head_dim_v=64), gpu
+    )
+    assert "alibi = True: triton-decode covers window" in cell(make_spec(alibi=True), gpu)

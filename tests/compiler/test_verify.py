@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import torch
 from pagedgen.compiler.verify import Case, Inputs, cases_of, gate, judge, make_inputs, query_ranges, reference
 from pagedgen.compiler.verify_write import WriteCase
 from pagedgen.runtime.kv_cache import store
+from pagedgen.values.spec import Causality
 
 
 class Exact:
@@ -137,6 +139,12 @@ def test_judge_reports_the_worst_error(make_spec):
     assert not reason and error <= allowed
 
 
+def modifiers(spec):
+    """The arguments that specs may have more, and whether this one has."""
+    per_sequence = spec.causality is Causality.PER_SEQUENCE
+    return (("sinks", spec.sinks), ("alibi_slopes", spec.alibi), ("causal", per_sequence))
+
+
 class ExactExtend:
     """An extend library that computes the reference of the spec that ``believed`` makes of its own."""
 
@@ -148,10 +156,13 @@ class ExactExtend:
 
     def extend(
         self, q, k, v, table, lens, cu_seqlens_q, out, lse, scale, k_scale, v_scale, workspace, max_seq_len,
-        variant, sinks=None,
+        variant, *extras,
     ):  # fmt: skip
-        if not self.believed.sinks:
-            sinks = None
+        names = [name for name, given in modifiers(self.spec) if given]
+        given = dict(zip(names, extras, strict=True))
+        for name, believed in modifiers(self.believed):
+            if not believed:
+                given.pop(name, None)
         inputs = Inputs(
             q,
             k,
@@ -165,7 +176,7 @@ class ExactExtend:
             scale,
             max_seq_len,
             cu_seqlens_q,
-            sinks,
+            **given,
         )
         want, want_lse, _ = reference(self.believed, inputs)
         want, live = torch.nan_to_num(want), torch.zeros(len(q), dtype=torch.bool)
@@ -240,9 +251,25 @@ CASES = (
     Case((200, 0, 131, 9), "hnd", query_lens=(35, 0, 1, 0)),
 )
 ALL_MASKS = {"window": 40, "logits_soft_cap": 30.0, "sinks": True}
+LATER_MASKS = {"alibi": True, "attention_chunk": 24, "causality": Causality.PER_SEQUENCE}
 
 
-@pytest.mark.parametrize("masks", [{}, {"window": 40}, {"logits_soft_cap": 30.0}, {"sinks": True}, ALL_MASKS])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {},
+        {"window": 40},
+        {"logits_soft_cap": 30.0},
+        {"sinks": True},
+        ALL_MASKS,
+        {"alibi": True},
+        {"attention_chunk": 24},
+        {"causality": Causality.FULL},
+        {"causality": Causality.FULL, "window": 9},
+        {"head_dim_v": 48},
+        {**ALL_MASKS, **LATER_MASKS, "head_dim_v": 64},
+    ],
+)
 def test_exact_extend_passes(make_spec, masks):
     spec = make_spec(head_dim=32, heads=(4, 2), lse=True, op="extend", **masks)
     verdict = gate(ExactExtend(spec), spec, 0, "cpu", 1, cases=CASES)
@@ -271,6 +298,59 @@ def test_a_wrong_mask_is_caught(make_spec, wrong):
     spec = make_spec(head_dim=32, heads=(4, 2), op="extend", **ALL_MASKS)
     verdict = gate(ExactExtend(spec, **wrong), spec, 0, "cpu", 3, cases=CASES)
     assert not verdict.passed and ("error" in verdict.reason or "not finite" in verdict.reason), verdict
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"alibi": False},
+        {"attention_chunk": None},
+        {"attention_chunk": 23},
+        {"attention_chunk": 25},
+        {"causality": Causality.CAUSAL},
+        {"causality": Causality.FULL},
+    ],
+)
+def test_a_wrong_later_mask_is_caught(make_spec, wrong):
+    spec = make_spec(head_dim=32, heads=(4, 2), op="extend", **LATER_MASKS)
+    assert gate(ExactExtend(spec), spec, 0, "cpu", 3, cases=CASES).passed
+    verdict = gate(ExactExtend(spec, **wrong), spec, 0, "cpu", 3, cases=CASES)
+    assert not verdict.passed and ("error" in verdict.reason or "not finite" in verdict.reason), verdict
+
+
+def test_the_reference_sees_what_the_spec_says(make_spec):
+    """With V the identity, outputs are the softmax's weights: above zero where visible, and nowhere else."""
+    choices = itertools.product((None, 5), (None, 6), ("causal", "full", "per_sequence"))
+    for window, chunk, causality in choices:
+        spec = make_spec(
+            head_dim=32, heads=(1, 1), block_size=32, q="f32", op="extend",
+            window=window, attention_chunk=chunk, causality=Causality(causality),
+        )  # fmt: skip
+        inputs = make_inputs(spec, (20, 20), query_lens=(20, 13), poison=False)
+        if inputs.causal is not None:
+            inputs.causal.copy_(torch.tensor([0, 1]))
+        inputs.v.copy_(torch.eye(32)[:, None].expand(32, 1, 32))
+        out = reference(spec, inputs)[0][:, 0]
+        for row, (first, end) in enumerate(((0, 20), (20, 33))):
+            for i in range(end - first):
+                causal = causality == "causal" or (causality == "per_sequence" and row == 1)
+                position = 20 - (end - first) + i
+                seen = (out[first + i] > 0).nonzero().flatten().tolist()
+                assert seen == list(spec.visible(position, 20, causal=causal))
+
+
+def test_alibi_is_a_penalty_of_slope_times_distance(make_spec):
+    spec = make_spec(head_dim=32, heads=(2, 2), block_size=8, op="extend", alibi=True)
+    inputs = make_inputs(spec, (20,), query_lens=(7,), poison=False)
+    ids = inputs.block_table[0].long()
+    k, v = (x[ids].flatten(0, 1)[:20].double().transpose(0, 1) for x in (inputs.k, inputs.v))
+    distance = (torch.arange(13, 20)[:, None] - torch.arange(20)).double()
+    bias = -inputs.alibi_slopes.double()[:, None, None] * distance
+    bias = bias.masked_fill(distance < 0, float("-inf"))
+    want = torch.nn.functional.scaled_dot_product_attention(
+        inputs.q.double().transpose(0, 1), k, v, attn_mask=bias
+    )
+    torch.testing.assert_close(reference(spec, inputs)[0], want.transpose(0, 1))
 
 
 @pytest.mark.parametrize(("broken", "reason"), [(WritesPadding, "padding row"), (LastQueryOfAll, "error")])

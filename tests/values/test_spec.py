@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pagedgen.errors import InvalidValue, MalformedFile
 from pagedgen.values import codec
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op, parse_dtype
+from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op, parse_dtype
 
 GOOD = {
     "op": Op.DECODE,
@@ -49,6 +49,10 @@ def specs(draw) -> KernelSpec:
                 draw(st.booleans()),
             )
         ),
+        head_dim_v=draw(st.none() | st.integers(4, 32).map(lambda n: 8 * n)),
+        alibi=op is not Op.WRITE_KV and draw(st.booleans()),
+        attention_chunk=None if op is Op.WRITE_KV else draw(st.none() | st.integers(1, 1 << 30)),
+        causality=draw(st.sampled_from(list(Causality))) if op is Op.EXTEND else Causality.CAUSAL,
     )
 
 
@@ -88,11 +92,38 @@ def test_names_and_hashes_tell_specs_apart(a, b):
         ({"logits_soft_cap": 0.0}, "logits_soft_cap = 0.0: a float from 0.01 to 1000, or None, is allowed"),
         ({"logits_soft_cap": float("nan")}, "logits_soft_cap = nan"),
         ({"logits_soft_cap": 50}, "logits_soft_cap = 50: a float"),
+        ({"attention_chunk": 0}, "attention_chunk = 0: 1 to 1073741824 tokens, or None, is allowed"),
+        ({"head_dim_v": 100}, "head_dim_v = 100: a multiple of 8 from 32 to 256 is allowed"),
+        ({"head_dim_v": True}, "head_dim_v = True: a multiple of 8"),
+        ({"causality": Causality.FULL}, "causality = 'full': causal is allowed: nothing comes after a"),
     ],
 )
 def test_impossible_specs_name_field_value_and_what_is_allowed(change, message):
     with pytest.raises(InvalidValue, match=message):
         KernelSpec(**{**GOOD, **change})
+
+
+def test_specs_of_before_keep_their_json_and_their_hash():
+    """Records that ship were written without the later fields."""
+    spec = KernelSpec(**GOOD)
+    assert list(codec.encode(spec)) == [
+        "op", "head_dim", "num_q_heads", "num_kv_heads", "block_size", "q_dtype", "kv_dtype", "kv_scale",
+        "k_inner", "return_lse", "window", "logits_soft_cap", "sinks",
+    ]  # fmt: skip
+    assert spec.hash == "7d75a076c55971ec"
+
+
+def test_later_fields_are_in_the_name_and_the_json():
+    changes = {"head_dim_v": 64, "alibi": True, "attention_chunk": 8192, "causality": Causality.PER_SEQUENCE}
+    spec = KernelSpec(**{**GOOD, "op": Op.EXTEND, **changes})
+    assert spec.name == "extend-h128v64-q32-kv8-b16-bf16-alibi-chunk8192-percausal"
+    assert spec.masks == ("alibi", "attention_chunk", "causality")
+    assert codec.encode(spec)["head_dim_v"] == 64 and codec.decode(KernelSpec, codec.encode(spec)) == spec
+    assert spec.kv_bytes_per_token == 8 * (128 + 64) * 2
+
+
+def test_one_value_has_one_form():
+    assert KernelSpec(**GOOD, head_dim_v=128) == KernelSpec(**GOOD)
 
 
 @pytest.mark.parametrize("text", ["fp4", "int8", "", "nvfp4"])
@@ -157,6 +188,9 @@ def test_names_say_what_is_masked():
         ({"window": 5}, "window = 5: not allowed"),
         ({"logits_soft_cap": 5.0}, "logits_soft_cap = 5.0: not allowed"),
         ({"sinks": True}, "sinks = True: not allowed"),
+        ({"alibi": True}, "alibi = True: not allowed"),
+        ({"attention_chunk": 9}, "attention_chunk = 9: not allowed"),
+        ({"causality": Causality.PER_SEQUENCE}, "causality = .*: not allowed"),
     ],
 )
 def test_fields_that_an_operator_has_no_use_for_are_refused(change, message):

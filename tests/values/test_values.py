@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -14,10 +15,10 @@ from pagedgen.values import codec
 from pagedgen.values.manifest import FileEntry, KernelEntry, Manifest, Rule
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import table
-from pagedgen.values.workload import Workload, kv_pairs
+from pagedgen.values.workload import Workload, visible_pairs
 
 SPEC = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.BF16, DType.BF16)
 MEASURED = Record(
@@ -131,12 +132,16 @@ def test_manifests_round_trip_and_point_at_variants_that_exist():
         replace(entry, dispatch=())
 
 
-def test_kv_pairs_counts_what_a_mask_of_booleans_counts():
-    for q_len, seq_len, window in ((1, 1, None), (5, 9, None), (5, 9, 3), (9, 9, 4), (3, 20, 50), (7, 7, 1)):
+def test_visible_pairs_counts_what_a_mask_of_booleans_counts(make_spec):
+    lens = ((1, 1), (5, 9), (9, 9), (3, 20), (7, 7), (13, 20), (0, 6))
+    masks = itertools.product(lens, (None, 1, 3, 4, 50), (None, 1, 4, 7, 64), ("causal", "full"))
+    for (q_len, seq_len), window, chunk, causality in masks:
         pairs = 0
-        for position in range(seq_len - q_len, seq_len):
-            pairs += min(position + 1, window or position + 1)
-        assert kv_pairs(q_len, seq_len, window) == pairs
+        for p, t in itertools.product(range(seq_len - q_len, seq_len), range(seq_len)):
+            sees = (t <= p or causality == "full") and abs(p - t) < (window or 99)
+            pairs += sees and (chunk is None or t // chunk == p // chunk)
+        spec = make_spec(op="extend", window=window, attention_chunk=chunk, causality=Causality(causality))
+        assert visible_pairs(spec, q_len, seq_len) == pairs
 
 
 def test_query_lengths_fit_their_sequences():
