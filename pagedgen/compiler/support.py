@@ -33,6 +33,7 @@ FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("window", {"window": 4096}),
     ("logits_soft_cap", {"logits_soft_cap": 50.0}),
     ("sinks", {"sinks": True}),
+    ("tree_mask", {"tree_mask": True}),
 )
 
 

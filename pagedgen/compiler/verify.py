@@ -32,7 +32,7 @@ SCORES = 1 << 25  # float64 scores that the reference holds at a time
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Arguments of one call; shapes as in ``KernelSpec``. ``cu_seqlens_q`` is for extend alone."""
+    """Arguments of one call; shapes as in ``KernelSpec``. ``cu_seqlens_q`` is for extend and verify."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -47,6 +47,7 @@ class Inputs:
     max_seq_len: int
     cu_seqlens_q: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
 
 
 class Callee(Protocol):
@@ -155,7 +156,7 @@ def make_inputs(
             scales[i] = (random_scale / (64 if all_codes else 1)).float()
     num_tokens = len(seq_lens)
     cu_seqlens_q = None
-    if spec.op is Op.EXTEND:
+    if spec.op is not Op.DECODE:
         ends = [0, *accumulate(query_lens)]
         num_tokens = ends[-1] + (PADDING if poison else 0)
         cu_seqlens_q = torch.tensor(ends, dtype=torch.int32, device=device)
@@ -172,10 +173,28 @@ def make_inputs(
     if spec.sinks:
         sinks = 2 * torch.randn(spec.num_q_heads, generator=generator, device=device)
     softmax_scale = dim**-0.5 * max(1.0, (spec.logits_soft_cap or 0.0) / 4)
+    trees = _random_trees(query_lens, num_tokens, shuffle, device) if spec.tree_mask else None
     return Inputs(
         q, k, v, block_table, lens, out, lse, scales[0], scales[1], softmax_scale, width * block,
-        cu_seqlens_q, sinks,
+        cu_seqlens_q, sinks, trees,
     )  # fmt: skip
+
+
+def _random_trees(
+    query_lens: Sequence[int], num_tokens: int, draw: random.Random, device: torch.device
+) -> torch.Tensor:
+    """Tree masks, int64 ``[num_tokens]``: trees of drafted tokens, and for every third sequence any bits."""
+    masks: list[int] = []
+    for seq, count in enumerate(query_lens):
+        of_seq: list[int] = []
+        for query in range(count):
+            parent = draw.randrange(-1, query)
+            ancestors = of_seq[parent] if parent >= 0 else 0
+            of_seq.append(draw.getrandbits(64) if seq % 3 == 2 else ancestors | 1 << query)
+        masks += of_seq
+    masks += [draw.getrandbits(64) for _ in range(num_tokens - len(masks))]
+    signed = [mask - (1 << 64) if mask >> 63 else mask for mask in masks]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
 def _first_seen(spec: KernelSpec, seq_len: int, query_len: int) -> int:
@@ -227,9 +246,22 @@ def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Ten
             visible = seen <= position[:, None]  # [queries, tokens]
             if spec.window is not None:
                 visible &= seen > position[:, None] - spec.window
+            if spec.tree_mask:
+                assert inputs.tree_mask is not None
+                visible = _tree_visible(inputs.tree_mask[rows], seen - (length - new), rows.start - first)
             part = _attend(spec, inputs, inputs.q[rows], k, v, visible)
             out[rows], lse[rows], magnitude[rows] = part
     return out, lse, magnitude
+
+
+def _tree_visible(masks: torch.Tensor, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    """Which tokens queries with these masks see, bool ``[queries, tokens]``.
+
+    ``tokens`` are counted from the sequence's first query; ``first`` is the number of the first mask's query.
+    """
+    bits = masks[:, None] >> tokens.clamp(0, 63) & 1
+    own = tokens == torch.arange(first, first + len(masks), device=masks.device)[:, None]
+    return (tokens < 0) | (bits == 1) | own
 
 
 def _gather(
@@ -317,6 +349,15 @@ def cases_of(spec: KernelSpec, seed: int) -> tuple[Case, ...]:
             Case((1031,), "packed"),
             Case(many, "nhd"),
         ]
+    elif spec.op is Op.VERIFY:
+        few = tuple(draw.randint(0, min(n, 64)) if draw.random() < 0.3 else min(1, n) for n in many)
+        drafted = (1, 64, 7, 8, 3, 0, 33, 64)
+        cases = [
+            Case(edges, "nhd", query_lens=tuple(min(q, n) for q, n in zip(drafted, edges, strict=True))),
+            Case((4097, 1, 0, 515 + draw.randrange(200), 900), "hnd", query_lens=(64, 1, 0, 8, 0)),
+            Case((1031, 64), "packed", query_lens=(17, 64)),
+            Case(many, "nhd", query_lens=few),
+        ]
     else:
         chunks = tuple(draw.randint(0, n) if draw.random() < 0.3 else min(1, n) for n in many)
         cases = [
@@ -326,22 +367,29 @@ def cases_of(spec: KernelSpec, seed: int) -> tuple[Case, ...]:
             Case(many, "nhd", query_lens=chunks),
         ]
     if spec.window is not None:
+        most = 64 if spec.op is Op.VERIFY else 110
         around = (spec.window + 257 + draw.randrange(200), spec.window, spec.window + 1, 2 * spec.window + 5)
-        cases.append(Case(around, "hnd", query_lens=(110, min(70, spec.window), 1, 3)))
+        cases.append(Case(around, "hnd", query_lens=(most, min(most, spec.window), 1, 3)))
     if spec.kv_dtype.is_fp8:
-        cases.append(Case((1, 300, 129), "hnd", all_codes=True, query_lens=(1, 300, 40)))
+        cases.append(
+            Case(
+                (1, 300, 129), "hnd", all_codes=True, query_lens=(1, 64 if spec.op is Op.VERIFY else 300, 40)
+            )
+        )
     return tuple(cases)
 
 
 def run_case(spec: KernelSpec, callee: Callee, variant: int, inputs: Inputs, workspace: torch.Tensor) -> None:
     """One call of the library on ``inputs``."""
     arguments: list[Any] = [inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens]
-    if spec.op is Op.EXTEND:
+    if inputs.cu_seqlens_q is not None:
         arguments.append(inputs.cu_seqlens_q)
     arguments += [inputs.out, inputs.lse, inputs.softmax_scale, inputs.k_scale, inputs.v_scale, workspace]
     arguments += [inputs.max_seq_len, variant]
     if spec.sinks:
         arguments.append(inputs.sinks)
+    if spec.tree_mask:
+        arguments.append(inputs.tree_mask)
     getattr(callee, spec.op.value)(*arguments)
 
 
@@ -431,7 +479,7 @@ def gate(
             if reason:
                 _tried.cache_clear()  # a wrong kernel may have written where it should not
                 lens = f"seq_lens {list(case.seq_lens[:8])}"
-                if spec.op is Op.EXTEND and case.query_lens is not None:
+                if spec.op is not Op.DECODE and case.query_lens is not None:
                     lens += f", query_lens {list(case.query_lens[:8])}"
                 where = f"{reason} (case {number}: {lens}, pool {case.pool}, call {again + 1})"
                 return Verdict(False, number + 1, error, allowed, seed, where)

@@ -19,12 +19,22 @@ from typing import Any, TypeVar
 from pagedgen.errors import InvalidValue, MalformedFile
 
 T = TypeVar("T")
+# Metadata of a dataclass field that came later: left out where it holds its default, so that what was
+# written before it reads, and hashes, as it did.
+OMIT_DEFAULT = {"omit_default": True}
 
 
 def encode(value: object) -> Any:
-    """JSON data of a value; fields that hold their default are kept, so a file reads on its own."""
+    """JSON data of a value; fields that hold their default are kept, so a file reads on its own.
+
+    But those that are marked with :data:`OMIT_DEFAULT`.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {
+            f.name: encode(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.init and not (f.metadata.get("omit_default") and getattr(value, f.name) == f.default)
+        }
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, tuple | list):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import total_ordering
 
@@ -15,6 +15,7 @@ class Op(StrEnum):
 
     DECODE = "decode"  # one query token a sequence, ragged batch
     EXTEND = "extend"  # each sequence's last tokens as queries, causal: prompts, chunks, decodes mixed in
+    VERIFY = "verify"  # a few queries a sequence, drafted tokens in a line or a tree, at the speed of decode
     WRITE_KV = "write_kv"  # new tokens' K and V to their slots in the pool, quantised where it is fp8
 
 
@@ -106,7 +107,9 @@ class KernelSpec:
     Masks and modifiers: a query sees the last ``window`` tokens up to and with its own (None: all of them);
     scores are ``logits_soft_cap * tanh(score / logits_soft_cap)`` before the softmax (None: as they are);
     with ``sinks`` a learned score a query head, float32 ``[num_q_heads]``, is in the softmax's sum and has no
-    value.
+    value. ``verify`` is causal in the order of its queries, or with ``tree_mask`` takes int64
+    ``[num_tokens]``, bit j of a query's: whether it sees query j of its sequence, one of 64 at most (tree
+    attention of SpecInfer, Miao et al., 2024); it sees itself and all tokens before the queries in any case.
 
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
@@ -125,12 +128,14 @@ class KernelSpec:
     window: int | None = None
     logits_soft_cap: float | None = None
     sinks: bool = False
+    # Fields from here on are left out of JSON where they hold their default: hashes of older specs stay.
+    tree_mask: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
-        for field in ("head_dim", "num_q_heads", "num_kv_heads", "block_size"):
-            value = getattr(self, field)
+        for name in ("head_dim", "num_q_heads", "num_kv_heads", "block_size"):
+            value = getattr(self, name)
             if type(value) is not int:
-                raise InvalidValue(field, value, "an integer is expected")
+                raise InvalidValue(name, value, "an integer is expected")
         if not (32 <= self.head_dim <= 256 and self.head_dim % 8 == 0):
             raise InvalidValue("head_dim", self.head_dim, "a multiple of 8 from 32 to 256 is allowed")
         if self.num_kv_heads < 1:
@@ -157,6 +162,12 @@ class KernelSpec:
         if cap is not None and not (type(cap) is float and 0.01 <= cap <= 1000):
             raise InvalidValue("logits_soft_cap", cap, "a float from 0.01 to 1000, or None, is allowed")
 
+        if self.tree_mask and self.op is not Op.VERIFY:
+            raise InvalidValue("tree_mask", True, f"False is allowed: {self.op.value} has no tree of queries")
+        if self.tree_mask and self.window is not None:
+            allowed = "None is allowed with tree_mask: a tree's queries have no place in a line"
+            raise InvalidValue("window", self.window, allowed)
+
         if self.op is Op.WRITE_KV:
             self._refuse_attention()
 
@@ -165,8 +176,8 @@ class KernelSpec:
         if self.num_q_heads != self.num_kv_heads:
             allowed = f"{self.num_kv_heads}, num_kv_heads, is allowed: {self.op.value} has no query heads"
             raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
-        for field in (*self.masks, *(("return_lse",) if self.return_lse else ())):
-            raise InvalidValue(field, getattr(self, field), f"not allowed: {self.op.value} has no softmax")
+        for name in (*self.masks, *(("return_lse",) if self.return_lse else ())):
+            raise InvalidValue(name, getattr(self, name), f"not allowed: {self.op.value} has no softmax")
 
     def __lt__(self, other: object) -> bool:
         if not isinstance(other, KernelSpec):
@@ -176,16 +187,17 @@ class KernelSpec:
     @property
     def _order(self) -> tuple[object, ...]:
         """What specs are sorted by: their fields, with 0 for None, which no field allows."""
-        values = (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, each.name) for each in fields(self))
         return tuple(0 if value is None else value for value in values)
 
     @property
     def masks(self) -> tuple[str, ...]:
-        """The fields among window, logits_soft_cap and sinks that this spec makes use of."""
+        """The fields among window, logits_soft_cap, sinks and tree_mask that this spec makes use of."""
         used = {
             "window": self.window is not None,
             "logits_soft_cap": self.logits_soft_cap is not None,
             "sinks": self.sinks,
+            "tree_mask": self.tree_mask,
         }
         return tuple(name for name, is_used in used.items() if is_used)
 
@@ -224,6 +236,8 @@ class KernelSpec:
             parts.append(f"cap{self.logits_soft_cap!r}")
         if self.sinks:
             parts.append("sinks")
+        if self.tree_mask:
+            parts.append("tree")
         return "-".join(parts)
 
     @property
