@@ -122,6 +122,7 @@ class TvmDecode(Family):
     name = "tvm-decode"
     kind = "cpu"
     source = TEMPLATES / "tvm" / "decode.py.j2"
+    masks = ("window", "logits_soft_cap", "sinks")
     shared: tuple[Path, ...] = (TEMPLATES / "tvm" / "vectors.j2", TEMPLATES / "tvm" / "functions.ll.j2")
 
     def check(self, spec: KernelSpec, target: Target) -> None:

@@ -102,9 +102,6 @@ def test_refuses_what_it_cannot_do(make_spec, h100, spec_args, word):
         render(make_spec(op="extend", **spec_args), h100, default_schedule(spec, h100))
 
 
-def test_operators_and_masks_without_a_template_are_refused_by_name(make_spec, cpu_target):
+def test_operators_without_a_template_are_refused_by_name(make_spec, cpu_target):
     with pytest.raises(Unsupported, match="op extend on target kind cpu: no template"):
         default_schedule(make_spec(q="f32", op="extend"), cpu_target)
-    for name, value in MASKS.items():
-        with pytest.raises(Unsupported, match=f"{name} = .*: tvm-decode covers no masks"):
-            default_schedule(make_spec(q="f32", **{name: value}), cpu_target)

@@ -74,6 +74,19 @@ GRID = {
     "block-256": {"q": "bf16", "block_size": 256, "heads": (32, 1), "k_inner": "token"},
     "block-544": {"q": "f16", "block_size": 544, "heads": (2, 1), "head_dim": 256, "k_inner": "token"},
     "h40": {"q": "f32", "head_dim": 40, "heads": (8, 2)},
+    "window": {"q": "bf16", "k_inner": "token", "window": 100, "lse": True},
+    "soft-cap": {"q": "f32", "logits_soft_cap": 30.0, "lse": True},
+    "sinks": {"q": "f16", "sinks": True, "lse": True},
+    "masks": {
+        "q": "bf16",
+        "kv": "fp8_e4m3",
+        "k_inner": "token",
+        "block_size": 24,
+        "window": 300,
+        "logits_soft_cap": 50.0,
+        "sinks": True,
+        "lse": True,
+    },
     "h248": {"q": "bf16", "head_dim": 248, "heads": (3, 1), "k_inner": "token"},
 }
 
