@@ -188,7 +188,7 @@ class Attention:
                 workspace,
                 max_seq_len,
                 -1,
-                *_sinks(kernel.spec, sinks),
+                *_extras(kernel.spec, sinks),
             )
         except PagedgenError:
             raise
@@ -256,10 +256,78 @@ class Attention:
                 What lies in device memory, lengths and block ids, is not read for it.
             SpecNotInPack: no extend kernel, or more than one, for these tensors.
         """
+        return self._ragged(
+            Op.EXTEND, q, k, v, block_table, seq_lens, cu_seqlens_q, out, lse, softmax_scale, k_scale,
+            v_scale, sinks, None, workspace, max_seq_len, spec,
+        )  # fmt: skip
+
+    def verify(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        *,
+        tree_mask: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+        spec: KernelSpec | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of a few queries a sequence, drafted tokens to be verified: what :meth:`extend` computes.
+
+        Long contexts are split, as :meth:`decode` splits them.
+
+        Args:
+            q, k, v, block_table, seq_lens, cu_seqlens_q: as :meth:`extend`.
+            tree_mask: int64 ``[num_tokens]``, for kernels with ``tree_mask``: bit j of a query's says whether
+                it sees query j of its sequence, one of 64 at most. All see themselves and every token before
+                the sequence's queries.
+            out, lse, softmax_scale, k_scale, v_scale, sinks, workspace, max_seq_len, spec: as :meth:`extend`.
+
+        Returns:
+            ``out``, or ``(out, lse)`` if the kernel returns an LSE.
+
+        Raises:
+            ArgumentError, SpecNotInPack: as :meth:`extend`.
+        """
+        return self._ragged(
+            Op.VERIFY, q, k, v, block_table, seq_lens, cu_seqlens_q, out, lse, softmax_scale, k_scale,
+            v_scale, sinks, tree_mask, workspace, max_seq_len, spec,
+        )  # fmt: skip
+
+    def _ragged(
+        self,
+        op: Op,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        softmax_scale: float | None,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        tree_mask: torch.Tensor | None,
+        workspace: torch.Tensor | None,
+        max_seq_len: int | None,
+        spec: KernelSpec | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """A call of an operator with any number of queries a sequence."""
         try:
-            kernel = self._only.get(Op.EXTEND) if spec is None else self._kernels.get(spec)
-            if kernel is None or kernel.spec.op is not Op.EXTEND:
-                kernel = self._find(Op.EXTEND, q, k, lse, k_scale, sinks, spec)
+            kernel = self._only.get(op) if spec is None else self._kernels.get(spec)
+            if kernel is None or kernel.spec.op is not op:
+                kernel = self._find(op, q, k, lse, k_scale, sinks, spec, tree_mask)
             if max_seq_len is None:
                 max_seq_len = _capacity(block_table, kernel.spec)
             if out is None:
@@ -286,7 +354,7 @@ class Attention:
                 workspace,
                 max_seq_len,
                 -1,
-                *_sinks(kernel.spec, sinks),
+                *_extras(kernel.spec, sinks, tree_mask),
             )
         except PagedgenError:
             raise
@@ -303,6 +371,7 @@ class Attention:
                 k_scale=k_scale,
                 v_scale=v_scale,
                 sinks=sinks,
+                tree_mask=tree_mask,
                 workspace=workspace,
             )
             raise
@@ -409,6 +478,7 @@ class Attention:
         k_scale: torch.Tensor | None,
         sinks: torch.Tensor | None,
         spec: KernelSpec | None,
+        tree_mask: torch.Tensor | None = None,
     ) -> Kernel:
         """The kernel of an operator that fits the tensors; what it found is remembered."""
         if spec is not None:
@@ -419,10 +489,11 @@ class Attention:
         strides = k.stride()
         scales = 0 if k_scale is None else k_scale.numel()
         inner = (strides[-1:] == (1,), strides[1:2] == (1,))
-        key = (op, q.dtype, k.dtype, q.shape[1:], k.shape[1:], inner, lse is None, scales, sinks is None)
+        given = (lse is None, scales, sinks is None, tree_mask is None)
+        key = (op, q.dtype, k.dtype, q.shape[1:], k.shape[1:], inner, given)
         found = self._matches.get(key)
         if found is None:
-            found = self._match(op, q, k, lse, k_scale, sinks)
+            found = self._match(op, q, k, lse, k_scale, sinks, tree_mask)
             if len(self._matches) >= MANY_MATCHES:
                 self._matches.clear()
             self._matches[key] = found
@@ -436,6 +507,7 @@ class Attention:
         lse: torch.Tensor | None,
         k_scale: torch.Tensor | None,
         sinks: torch.Tensor | None,
+        tree_mask: torch.Tensor | None,
     ) -> Kernel:
         if q.ndim != 3:
             rows = "num_seqs" if op is Op.DECODE else "num_tokens"
@@ -450,6 +522,7 @@ class Attention:
             raise SpecNotInPack(f"{op.value}: {self._known()}")
         fits = [kernel for kernel in of_op if _fits(kernel.spec, q, k)]
         fits = [kernel for kernel in fits if kernel.spec.sinks == (sinks is not None)]
+        fits = [kernel for kernel in fits if kernel.spec.tree_mask == (tree_mask is not None)]
         if lse is not None:
             fits = [kernel for kernel in fits if kernel.spec.return_lse]
         elif not all(kernel.spec.return_lse for kernel in fits):
@@ -462,6 +535,7 @@ class Attention:
         what = (
             f"q {q.dtype} {list(q.shape)}, k {k.dtype} {list(k.shape)} with strides {list(k.stride())}"
             f"{'' if lse is None else ', lse wanted'}{'' if sinks is None else ', sinks given'}"
+            f"{'' if tree_mask is None else ', tree_mask given'}"
         ).replace("torch.", "")
         if fits:
             names = ", ".join(kernel.spec.name for kernel in fits)
@@ -495,21 +569,26 @@ def _check(
         block_size=spec.block_size,
         max_seq_len=max_seq_len,
         window=spec.window,
+        most_queries=64 if spec.tree_mask else None,
     )
 
 
-def _sinks(spec: KernelSpec, sinks: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The argument that kernels with sinks have more."""
-    if spec.sinks:
-        return (sinks,)
-    if sinks is not None:
-        raise ArgumentError(f"sinks: None is expected, since {spec.name} has none")
-    return ()
+def _extras(
+    spec: KernelSpec, sinks: torch.Tensor | None, tree_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, ...]:
+    """The arguments that kernels with sinks, and those with a tree mask, have more."""
+    extras: list[torch.Tensor | None] = []
+    for name, given, wanted in (("sinks", sinks, spec.sinks), ("tree_mask", tree_mask, spec.tree_mask)):
+        if wanted:
+            extras.append(given)
+        elif given is not None:
+            raise ArgumentError(f"{name}: None is expected, since {spec.name} has none")
+    return tuple(extras)
 
 
 def _refuse_strange(**tensors: object) -> None:
     for name, value in tensors.items():
-        if value is None and name in ("lse", "k_scale", "v_scale", "sinks", "workspace", "out"):
+        if value is None and name in ("lse", "k_scale", "v_scale", "sinks", "tree_mask", "workspace", "out"):
             continue
         if not isinstance(value, torch.Tensor):
             raise ArgumentError(f"{name}: {type(value).__name__}: a torch.Tensor is expected")

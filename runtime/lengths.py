@@ -39,6 +39,7 @@ def check_lengths(
     block_size: int,
     max_seq_len: int,
     window: int | None = None,
+    most_queries: int | None = None,
 ) -> None:
     """Read lengths and block ids back to the host and check them.
 
@@ -47,6 +48,7 @@ def check_lengths(
         num_tokens: rows of q.
         num_blocks, block_size: of the pool.
         max_seq_len: the call's bound.
+        most_queries: of a sequence, if there is a limit: what a tree mask has bits for.
         window: the spec's; blocks that it has left behind are not looked at.
 
     Raises:
@@ -74,6 +76,11 @@ def check_lengths(
             raise ArgumentError(
                 f"cu_seqlens_q[{seq + 1}] = {ends[seq + 1]}: {queries} queries of sequence {seq}, whose "
                 f"seq_len is {length}: at most as many are allowed"
+            )
+        if most_queries is not None and queries > most_queries:
+            raise ArgumentError(
+                f"cu_seqlens_q[{seq + 1}] = {ends[seq + 1]}: {queries} queries of sequence {seq}: at most "
+                f"{most_queries} are allowed with a tree mask"
             )
         if not queries:
             continue

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
         ],
         None,
     ]
-    # As Decode with cu_seqlens_q after seq_lens; a spec with sinks takes them as one more argument, the last.
+    # As Decode with cu_seqlens_q after seq_lens; a spec with sinks takes them as one more argument, the last,
+    # and one with a tree mask takes that behind them.
     Extend = Callable[..., None]
     WriteKV = Callable[
         [
@@ -71,6 +72,7 @@ class Library:
       max_seq_len, variant[, sinks])``
     - ``extend(q, k, v, block_table, seq_lens, cu_seqlens_q, out, lse, softmax_scale, k_scale, v_scale,
       workspace, max_seq_len, variant[, sinks])``
+    - ``verify(…)``: as extend, with ``tree_mask`` as one more argument if the spec has one
 
     - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant)``
 
@@ -81,10 +83,20 @@ class Library:
         PackDamaged: it loads but is no library of ours.
     """
 
-    __slots__ = ("_prepare", "_set_num_threads", "_workspace_bytes", "decode", "extend", "path", "write_kv")
+    __slots__ = (
+        "_prepare",
+        "_set_num_threads",
+        "_workspace_bytes",
+        "decode",
+        "extend",
+        "path",
+        "verify",
+        "write_kv",
+    )
 
     decode: Decode
     extend: Extend
+    verify: Extend
     write_kv: WriteKV
 
     def __init__(self, path: Path | str) -> None:

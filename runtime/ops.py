@@ -1,7 +1,8 @@
 """torch custom operators of the runtime, so that ``torch.compile(fullgraph=True)`` goes through them.
 
-``pagedgen::decode``, ``::extend``, ``::write_kv`` and ``::copy_blocks`` have fake implementations (shapes
-without data) and declare what they write to. None of them synchronises, so captured CUDA graphs replay them.
+``pagedgen::decode``, ``::extend``, ``::verify``, ``::write_kv`` and ``::copy_blocks`` have fake
+implementations (shapes without data) and declare what they write to. None of them synchronises, so captured
+CUDA graphs replay them.
 
     decode = ops.bind(pagedgen.load(pack))          # once
     out = decode(q, k, v, block_table, seq_lens)    # inside a compiled function
@@ -49,6 +50,27 @@ class Extend(Protocol):
         seq_lens: torch.Tensor,
         cu_seqlens_q: torch.Tensor,
         *,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+    ) -> torch.Tensor: ...
+
+
+class Verify(Protocol):
+    """Verify attention as an operator; the arguments are those of :meth:`Attention.verify`."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        *,
+        tree_mask: torch.Tensor | None = None,
         softmax_scale: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
@@ -113,6 +135,35 @@ def bind_extend(attention: Attention) -> Extend:
 
     extend.attention = attention  # type: ignore[attr-defined]
     return extend
+
+
+def bind_verify(attention: Attention) -> Verify:
+    """The verify operator of one pack, without LSE; it keeps the pack loaded."""
+    number = attention.number
+
+    def verify(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        *,
+        tree_mask: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        max_seq_len: int | None = None,
+    ) -> torch.Tensor:
+        out: torch.Tensor = _verify(
+            number, q, k, v, block_table, seq_lens, cu_seqlens_q, softmax_scale, k_scale, v_scale,
+            max_seq_len, sinks, tree_mask,
+        )  # fmt: skip
+        return out
+
+    verify.attention = attention  # type: ignore[attr-defined]
+    return verify
 
 
 def _held(pack: int) -> Attention:
@@ -203,6 +254,50 @@ def _(
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
     sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("pagedgen::verify", mutates_args=())
+def _verify(
+    pack: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    softmax_scale: float | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    max_seq_len: int | None,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    attention = _held(pack)
+    out = torch.zeros_like(q)  # padding rows, as for decode
+    attention.verify(
+        q, k, v, block_table, seq_lens, cu_seqlens_q, out=out, softmax_scale=softmax_scale,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, tree_mask=tree_mask, max_seq_len=max_seq_len,
+    )  # fmt: skip
+    return out
+
+
+@_verify.register_fake
+def _(
+    pack: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    softmax_scale: float | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    max_seq_len: int | None,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(q)
 

@@ -19,10 +19,12 @@ HERE = Path(__file__).parent
 MODULES = {
     ("cuda", Op.DECODE): "pagedgen.templates.triton.decode",
     ("cuda", Op.EXTEND): "pagedgen.templates.triton.extend",
+    ("cuda", Op.VERIFY): "pagedgen.templates.triton.verify",
     ("cuda", Op.WRITE_KV): "pagedgen.templates.triton.write_kv",
     ("hip", Op.WRITE_KV): "pagedgen.templates.triton.write_kv",
     ("hip", Op.DECODE): "pagedgen.templates.triton.decode",
     ("hip", Op.EXTEND): "pagedgen.templates.triton.extend",
+    ("hip", Op.VERIFY): "pagedgen.templates.triton.verify",
     ("cpu", Op.DECODE): "pagedgen.templates.tvm.decode",
 }
 

@@ -143,6 +143,8 @@ def portable_ptx(ptx: bytes) -> bool:
 
 def _own_fields(schedule: Schedule) -> tuple[str, ...]:
     """What the launcher has to know of a variant beside its binary, as C++ literals in their order there."""
+    if schedule.template == "triton-verify":
+        return str(schedule.int("tile_m")), str(schedule.int("waves"))
     if schedule.template != "triton-decode":
         return (str(schedule.int("tile_m")),)
     even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
@@ -187,9 +189,11 @@ def _assemble_gpu(
     )
     first = binaries[0].source
     literals: Mapping[str, Any] = family_for(spec, first.target).context(spec, first.target, first.schedule)
-    decode_only: dict[str, object] = {}
+    split_only: dict[str, object] = {}
     if spec.op is Op.DECODE:
-        decode_only = {"rows": literals["rows"], "programs": literals["programs"]}
+        split_only = {"rows": literals["rows"], "programs": literals["programs"]}
+    elif spec.op is Op.VERIFY:
+        split_only = {"programs": spec.num_kv_heads}
     source = (
         environment()
         .get_template("launcher/gpu.cc.j2")
@@ -198,7 +202,7 @@ def _assemble_gpu(
             variants=variants,
             align=align,
             max_kv_stride="INT32_MAX",  # block and token strides are 32-bit in the kernels
-            **decode_only,
+            **split_only,
         )
     )
     return Assembly(source, tuple(files), ())

@@ -38,6 +38,7 @@ FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("attention_chunk", {"attention_chunk": 8192}),
     ("causality full", {"causality": Causality.FULL}),
     ("causality per_sequence", {"causality": Causality.PER_SEQUENCE}),
+    ("tree_mask", {"tree_mask": True}),
 )
 
 

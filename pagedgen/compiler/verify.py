@@ -49,11 +49,12 @@ class Inputs:
     sinks: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     causal: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
 
     @property
     def extras(self) -> tuple[torch.Tensor, ...]:
         """The arguments after ``variant``: those of the spec's modifiers, in the ABI's order."""
-        given = (self.sinks, self.alibi_slopes, self.causal)
+        given = (self.sinks, self.alibi_slopes, self.causal, self.tree_mask)
         return tuple(tensor for tensor in given if tensor is not None)
 
 
@@ -163,7 +164,7 @@ def make_inputs(
             scales[i] = (random_scale / (64 if all_codes else 1)).float()
     num_tokens = len(seq_lens)
     cu_seqlens_q = None
-    if spec.op is Op.EXTEND:
+    if spec.op is not Op.DECODE:
         ends = [0, *accumulate(query_lens)]
         num_tokens = ends[-1] + (PADDING if poison else 0)
         cu_seqlens_q = torch.tensor(ends, dtype=torch.int32, device=device)
@@ -186,10 +187,28 @@ def make_inputs(
     if spec.causality is Causality.PER_SEQUENCE:
         causal = torch.randint(0, 2, lens.shape, generator=generator, device=device, dtype=torch.uint8)
     softmax_scale = dim**-0.5 * max(1.0, (spec.logits_soft_cap or 0.0) / 4)
+    trees = _random_trees(query_lens, num_tokens, shuffle, device) if spec.tree_mask else None
     return Inputs(
         q, k, v, block_table, lens, out, lse, scales[0], scales[1], softmax_scale, width * block,
-        cu_seqlens_q, sinks, alibi_slopes, causal,
+        cu_seqlens_q, sinks, alibi_slopes, causal, trees,
     )  # fmt: skip
+
+
+def _random_trees(
+    query_lens: Sequence[int], num_tokens: int, draw: random.Random, device: torch.device
+) -> torch.Tensor:
+    """Tree masks, int64 ``[num_tokens]``: trees of drafted tokens, and for every third sequence any bits."""
+    masks: list[int] = []
+    for seq, count in enumerate(query_lens):
+        of_seq: list[int] = []
+        for query in range(count):
+            parent = draw.randrange(-1, query)
+            ancestors = of_seq[parent] if parent >= 0 else 0
+            of_seq.append(draw.getrandbits(64) if seq % 3 == 2 else ancestors | 1 << query)
+        masks += of_seq
+    masks += [draw.getrandbits(64) for _ in range(num_tokens - len(masks))]
+    signed = [mask - (1 << 64) if mask >> 63 else mask for mask in masks]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
 def _first_seen(spec: KernelSpec, seq_len: int, query_len: int) -> int:
@@ -238,6 +257,9 @@ def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Ten
             seen = torch.arange(length, device=inputs.q.device)[begin * spec.block_size :]
             distance = position[:, None] - seen  # [queries, tokens]
             visible = _visible(spec, position, seen, is_causal(spec, inputs, row))
+            if spec.tree_mask:
+                assert inputs.tree_mask is not None
+                visible = _tree_visible(inputs.tree_mask[rows], seen - (length - new), rows.start - first)
             part = _attend(spec, inputs, inputs.q[rows], k, v, visible, distance)
             out[rows], lse[rows], magnitude[rows] = part
     return out, lse, magnitude
@@ -260,6 +282,16 @@ def _visible(spec: KernelSpec, position: torch.Tensor, seen: torch.Tensor, causa
     if spec.attention_chunk is not None:
         visible &= position[:, None] // spec.attention_chunk == seen // spec.attention_chunk
     return visible
+
+
+def _tree_visible(masks: torch.Tensor, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    """Which tokens queries with these masks see, bool ``[queries, tokens]``.
+
+    ``tokens`` are counted from the sequence's first query; ``first`` is the number of the first mask's query.
+    """
+    bits = masks[:, None] >> tokens.clamp(0, 63) & 1
+    own = tokens == torch.arange(first, first + len(masks), device=masks.device)[:, None]
+    return (tokens < 0) | (bits == 1) | own
 
 
 def _gather(
@@ -351,6 +383,15 @@ def cases_of(spec: KernelSpec, seed: int) -> tuple[Case, ...]:
             Case((1031,), "packed"),
             Case(many, "nhd"),
         ]
+    elif spec.op is Op.VERIFY:
+        few = tuple(draw.randint(0, min(n, 64)) if draw.random() < 0.3 else min(1, n) for n in many)
+        drafted = (1, 64, 7, 8, 3, 0, 33, 64)
+        cases = [
+            Case(edges, "nhd", query_lens=tuple(min(q, n) for q, n in zip(drafted, edges, strict=True))),
+            Case((4097, 1, 0, 515 + draw.randrange(200), 900), "hnd", query_lens=(64, 1, 0, 8, 0)),
+            Case((1031, 64), "packed", query_lens=(17, 64)),
+            Case(many, "nhd", query_lens=few),
+        ]
     else:
         chunks = tuple(draw.randint(0, n) if draw.random() < 0.3 else min(1, n) for n in many)
         cases = [
@@ -359,19 +400,24 @@ def cases_of(spec: KernelSpec, seed: int) -> tuple[Case, ...]:
             Case((701,), "packed"),
             Case(many, "nhd", query_lens=chunks),
         ]
+    most = 64 if spec.op is Op.VERIFY else 110
     for reach in (spec.window, spec.attention_chunk):
         if reach is not None:
             around = (reach + 257 + draw.randrange(200), reach, reach + 1, 2 * reach + 5)
-            cases.append(Case(around, "hnd", query_lens=(110, min(70, reach), 1, 3)))
+            cases.append(Case(around, "hnd", query_lens=(most, min(most, 70, reach), 1, 3)))
     if spec.kv_dtype.is_fp8:
-        cases.append(Case((1, 300, 129), "hnd", all_codes=True, query_lens=(1, 300, 40)))
+        cases.append(
+            Case(
+                (1, 300, 129), "hnd", all_codes=True, query_lens=(1, 64 if spec.op is Op.VERIFY else 300, 40)
+            )
+        )
     return tuple(cases)
 
 
 def run_case(spec: KernelSpec, callee: Callee, variant: int, inputs: Inputs, workspace: torch.Tensor) -> None:
     """One call of the library on ``inputs``."""
     arguments: list[Any] = [inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens]
-    if spec.op is Op.EXTEND:
+    if inputs.cu_seqlens_q is not None:
         arguments.append(inputs.cu_seqlens_q)
     arguments += [inputs.out, inputs.lse, inputs.softmax_scale, inputs.k_scale, inputs.v_scale, workspace]
     arguments += [inputs.max_seq_len, variant, *inputs.extras]
@@ -464,7 +510,7 @@ def gate(
             if reason:
                 _tried.cache_clear()  # a wrong kernel may have written where it should not
                 lens = f"seq_lens {list(case.seq_lens[:8])}"
-                if spec.op is Op.EXTEND and case.query_lens is not None:
+                if spec.op is not Op.DECODE and case.query_lens is not None:
                     lens += f", query_lens {list(case.query_lens[:8])}"
                 where = f"{reason} (case {number}: {lens}, pool {case.pool}, call {again + 1})"
                 return Verdict(False, number + 1, error, allowed, seed, where)

@@ -15,6 +15,7 @@ class Op(StrEnum):
 
     DECODE = "decode"  # one query token a sequence, ragged batch
     EXTEND = "extend"  # each sequence's last tokens as queries, causal: prompts, chunks, decodes mixed in
+    VERIFY = "verify"  # a few queries a sequence, drafted tokens in a line or a tree, at the speed of decode
     WRITE_KV = "write_kv"  # new tokens' K and V to their slots in the pool, quantised where it is fp8
 
 
@@ -112,7 +113,7 @@ class KernelSpec:
     ``write_kv`` stores new K and V, ``[num_tokens, num_kv_heads, head_dim]`` in ``q_dtype``, and has no query
     heads: ``num_q_heads`` is ``num_kv_heads``, and masks and an LSE are refused.
 
-    Masks and modifiers, any of them together:
+    Masks and modifiers, any of them together where nothing else is said:
 
     - ``causality``: a query sees no token behind its own, or all of its sequence; a decode's query is the
       last token, so that decode has nothing to choose;
@@ -124,7 +125,10 @@ class KernelSpec:
     - ``alibi``: then ``- alibi_slopes[head] * |p - t|`` is added, float32 ``[num_q_heads]`` (Press et al.,
       2022);
     - ``sinks``: a learned score a query head, float32 ``[num_q_heads]``, is in the softmax's sum and has no
-      value.
+      value;
+    - ``tree_mask``, of ``verify`` alone: int64 ``[num_tokens]``, bit j of a query's: whether it sees query j
+      of its sequence, one of 64 at most (tree attention of SpecInfer, Miao et al., 2024); it sees itself and
+      all tokens before the queries in any case. Without it ``verify`` is causal in the order of its queries.
 
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
@@ -148,6 +152,7 @@ class KernelSpec:
     alibi: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
     attention_chunk: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
     causality: Causality = field(default=Causality.CAUSAL, metadata=codec.OMIT_DEFAULT)
+    tree_mask: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         if self.head_dim_v == self.head_dim:  # one value, one form
@@ -187,6 +192,16 @@ class KernelSpec:
             allowed = "causal is allowed: nothing comes after a decode's query"
             raise InvalidValue("causality", self.causality.value, allowed)
 
+        if self.tree_mask and self.op is not Op.VERIFY:
+            raise InvalidValue("tree_mask", True, f"False is allowed: {self.op.value} has no tree of queries")
+        for name in ("window", "attention_chunk"):
+            if self.tree_mask and getattr(self, name) is not None:
+                allowed = "None is allowed with tree_mask: a tree's queries have no place in a line"
+                raise InvalidValue(name, getattr(self, name), allowed)
+        if self.tree_mask and self.causality is not Causality.CAUSAL:
+            allowed = "causal is allowed with tree_mask, which says itself what a query sees"
+            raise InvalidValue("causality", self.causality.value, allowed)
+
         if self.op is Op.WRITE_KV:
             self._refuse_attention()
 
@@ -219,6 +234,7 @@ class KernelSpec:
             "alibi": self.alibi,
             "attention_chunk": self.attention_chunk is not None,
             "causality": self.causality is not Causality.CAUSAL,
+            "tree_mask": self.tree_mask,
         }
         return tuple(name for name, is_used in used.items() if is_used)
 
@@ -286,6 +302,8 @@ class KernelSpec:
             parts.append("full")
         elif self.causality is Causality.PER_SEQUENCE:
             parts.append("percausal")
+        if self.tree_mask:
+            parts.append("tree")
         return "-".join(parts)
 
     @property

@@ -21,7 +21,7 @@ from pagedgen.values.workload import Workload, kv_pairs
 LEVELS = 16  # of reach that tiles are sorted into: programs that end a call are within 1/16 of the longest
 
 
-def _parts(spec: KernelSpec, loads: tuple[Load, ...]) -> tuple[tuple[str, int], ...]:
+def operands(spec: KernelSpec, loads: tuple[Load, ...]) -> tuple[tuple[str, int], ...]:
     """The matrix products' operands, (name, width), in their order: a load's columns or their halves."""
     halves = ("_even", "_odd") if spec.kv_dtype.is_fp8 else ("",)
     return tuple((f"{i}{half}", load.width) for i, load in enumerate(loads) for half in halves)
@@ -274,7 +274,7 @@ class TritonExtend(Family):
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
             "loads": loads,
             "per_word": 2 if is_fp8 else 1,  # elements
-            "parts": _parts(spec, loads),
+            "parts": operands(spec, loads),
             "tile_m": schedule.int("tile_m"),
             "tile": tile,
             "num_stages": schedule.int("num_stages"),

@@ -389,3 +389,43 @@ def test_decode_cases_reach_past_the_window(make_spec):
     assert len(past) == 1
     verdict = gate(Exact(spec), spec, 0, "cpu", 4, cases=past)
     assert verdict.passed, verdict
+
+
+def test_a_tree_in_a_line_is_causal_and_siblings_do_not_see_each_other(make_spec):
+    """The reference of trees against what is known without it, in a batch with a full tree of 64."""
+    tree = make_spec(head_dim=32, heads=(4, 2), block_size=8, lse=True, op="verify", tree_mask=True)
+    inputs = make_inputs(tree, (90, 0, 64, 7), query_lens=(9, 0, 64, 1))
+    line = [(1 << (i + 1)) - 1 for count in (9, 64, 1) for i in range(count)]
+    masks = torch.tensor([m - (1 << 64) if m >> 63 else m for m in line] + [0] * 3)
+    causal = replace(tree, tree_mask=False)
+    in_line = reference(tree, replace(inputs, tree_mask=masks))
+    for got, want in zip(in_line, reference(causal, inputs), strict=True):
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+    siblings = reference(tree, replace(inputs, tree_mask=torch.zeros_like(masks)))
+    for query in (0, 8):  # the first sees the context and itself; so does the last, but none between
+        alone = make_inputs(tree, (90, 0, 64, 7), query_lens=(9, 0, 64, 1))
+        k, v = _contiguous(alone)
+        seen = torch.tensor([*range(81), 81 + query])
+        q = alone.q[query].double().view(2, 2, 32)
+        scores = torch.einsum("hgd,thd->hgt", q, k[seen]) * alone.softmax_scale
+        out = torch.einsum("hgt,thd->hgd", torch.softmax(scores, -1), v[seen])
+        torch.testing.assert_close(siblings[0][query], out.flatten(0, 1))
+
+
+def _contiguous(inputs):
+    """K and V of the first sequence in float64, ``[tokens, heads, head_dim]``."""
+    ids = inputs.block_table[0].long()
+    return tuple(pool[ids].flatten(0, 1)[: int(inputs.seq_lens[0])].double() for pool in (inputs.k, inputs.v))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gate_notices_a_wrong_tree(make_spec, seed):
+    """A kernel that takes every tree for a line, and one that has the bits of a sibling."""
+    spec = make_spec(head_dim=32, heads=(2, 1), op="verify", tree_mask=True)
+    inputs = make_inputs(spec, (40, 70), seed=seed, query_lens=(12, 20))
+    for wrong in (
+        reference(replace(spec, tree_mask=False), replace(inputs, tree_mask=None)),
+        reference(spec, replace(inputs, tree_mask=inputs.tree_mask.roll(1))),
+    ):
+        inputs.out.copy_(wrong[0].to(inputs.out.dtype))
+        assert "error" in judge(spec, inputs)[2]

@@ -38,10 +38,11 @@ def pack_of(make_spec, gpu_binary, tmp_path_factory):
 
 @pytest.fixture
 def served(pack_of, make_spec):
-    """A pack of both operators, extend with and without LSE and sinks; every call is written down."""
+    """A pack of decode, extend with and without LSE and sinks, verify of both masks; calls are noted."""
     decode, plain = make_spec(**SHAPE), make_spec(**SHAPE, op="extend")
     lse, sinks = make_spec(**SHAPE, op="extend", lse=True), make_spec(**SHAPE, op="extend", sinks=True)
-    attention, calls = pack_of(decode, plain, lse, sinks), []
+    line, tree = make_spec(**SHAPE, op="verify"), make_spec(**SHAPE, op="verify", tree_mask=True)
+    attention, calls = pack_of(decode, plain, lse, sinks, line, tree), []
     for kernel in attention._kernels.values():
 
         def call(*arguments, spec=kernel.spec):
@@ -52,9 +53,9 @@ def served(pack_of, make_spec):
                 arguments
             )
             assert variant == -1 and workspace.dtype == torch.uint8
-            inputs = Inputs(
-                q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, more[0] if more else None
-            )
+            sinks, tree = (more.pop(0) if wanted else None for wanted in (spec.sinks, spec.tree_mask))
+            assert not more
+            inputs = Inputs(q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, sinks, tree)
             want, want_lse, _ = reference(spec, inputs)
             for first, end in query_ranges(spec, inputs):
                 out[first:end] = want[first:end].to(out.dtype)
@@ -247,3 +248,38 @@ def test_write_kv_goes_to_its_library(pack_of, make_spec):
         attention.write_kv(new, new, slots, pool, pool)
     with pytest.raises(SpecNotInPack, match=r"write_kv: the pack holds decode-"):
         pack_of(make_spec(64, (2, 2), 16)).write_kv(new, new, slots, pool, pool)
+
+
+def test_verify_goes_by_its_mask_and_compiles_into_one_graph(served, make_spec):
+    attention, calls, _ = served
+    operator = ops.bind_verify(attention)
+    compiled = torch.compile(operator, fullgraph=True, backend="eager")
+    for spec in (make_spec(**SHAPE, op="verify"), make_spec(**SHAPE, op="verify", tree_mask=True)):
+        inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+        arguments = (
+            inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q
+        )  # fmt: skip
+        attention.verify(
+            *arguments, out=inputs.out, softmax_scale=inputs.softmax_scale, tree_mask=inputs.tree_mask
+        )
+        assert calls[-1][0] == spec
+        assert judge(spec, inputs)[2] == ""
+        got = compiled(*arguments, softmax_scale=inputs.softmax_scale, tree_mask=inputs.tree_mask)
+        assert calls[-1][0] == spec
+        for first, end in query_ranges(spec, inputs):
+            assert torch.equal(got[first:end], inputs.out[first:end])
+    with pytest.raises(SpecNotInPack, match="sinks given, tree_mask given: no kernel fits"):
+        attention.verify(*arguments, tree_mask=inputs.tree_mask, sinks=torch.zeros(8))
+
+
+def test_a_tree_has_64_queries_at_most(pack_of, make_spec, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
+    spec = make_spec(**SHAPE, op="verify", tree_mask=True)
+    inputs = make_inputs(spec, (70, 9), query_lens=(65, 1))
+    with pytest.raises(
+        ArgumentError, match=r"cu_seqlens_q\[1\] = 65: 65 queries of sequence 0: at most 64 are"
+    ):
+        pack_of(spec).verify(
+            inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q,
+            tree_mask=inputs.tree_mask,
+        )  # fmt: skip

@@ -446,6 +446,46 @@ def test_an_extend_launch(serve, make_spec, gpu_binary, tmp_path, masks):
     assert got == expected
 
 
+def test_a_verify_launch(serve, make_spec, gpu_binary, tmp_path):
+    """Pieces for the SMs and one more a query tile; a workspace whose size does not depend on the batch."""
+    spec = make_spec(128, (32, 8), 16, "f16", "fp8_e4m3", lse=True, op="verify", sinks=True, tree_mask=True)
+    binaries = [gpu_binary(spec, tile_m=32, waves=4), gpu_binary(spec, tile_m=16, waves=6)]
+    path = link(binaries, (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "verify.so")
+    names = [*EXTEND_NAMES]
+    at = names.index("sinks") + 1
+    names[at:at] = ["tree_mask", "partial", "partial_lse", "counter"]
+    names.insert(names.index("num_seqs") + 1, "partitions")
+    plain = ("qk_scale", "num_seqs", "partitions")
+    keys = [n if "stride" in n or n in plain else f"{n}_ptr" for n in names]
+    letters = {"i32": "i", "i64": "l", "fp32": "f"}
+    types = "".join(letters.get(kind, "p") for kind in signature_of(spec, keys).values())
+    partitions = [132 * waves // 8 for waves in (4, 6)]
+    lse_bytes, out_bytes = (2 * 8 * partitions[0] * 32 * 4 * width for width in (1, 128))
+    counters = -(-2 * 8 * partitions[1] * 4 // 256) * 256  # of the variant with the most, for both
+    size = lse_bytes + out_bytes + counters
+    workspace = made(0xC00000, "uint", 8, (size,))
+    arguments = [*extend_arguments(spec), made(0xB000, "int", 64, (300,))]
+    arguments[11] = workspace
+    wrong = [*arguments[:-1], made(0xB000, "int", 64, (299,))]
+    small = [*arguments[:11], made(0xC00000, "uint", 8, (size - 1,)), *arguments[12:]]
+    steps = [["workspace_bytes", [n]] for n in (3, 4096)]
+    steps += [["verify", given] for given in (arguments, wrong, small)]
+    run = serve(path, steps, types=types)
+    assert run.results[:3] == [{"result": size}, {"result": size}, {"result": None}]
+    assert "tree_mask.shape = [299]: 300 is expected in axis 0 (num_tokens)" in run.results[3]["text"]
+    assert f"at least {size} bytes are expected" in run.results[4]["text"]
+    (launch,) = run.launches
+    grid = (partitions[0] + 300 * 4 // 32 + 3) * 8
+    assert (launch["symbol"], launch["grid"]) == ("paged_verify", (grid, 1, 1))
+    got = dict(zip(names, launch["arguments"], strict=True))
+    expected = {
+        "cu_seqlens_q": 0x5800, "sinks": 0xA000, "tree_mask": 0xB000, "partial_lse": 0xC00000,
+        "partial": 0xC00000 + lse_bytes, "counter": 0xC00000 + size - counters,
+        "num_seqs": 3, "partitions": partitions[0], "q_stride_token": 4160, "block_table_stride": 16,
+    }  # fmt: skip
+    assert {name: got[name] for name in expected} == expected
+
+
 def test_extend_arguments_are_refused_before_any_launch(serve, make_spec, gpu_binary, tmp_path):
     spec = make_spec(128, (32, 8), 16, "f16", op="extend", sinks=True)
     path = link([gpu_binary(spec)], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "extend.so")

@@ -198,3 +198,22 @@ def test_fields_that_an_operator_has_no_use_for_are_refused(change, message):
     assert KernelSpec(**right).name == "write_kv-h128-kv8-b16-bf16"
     with pytest.raises(InvalidValue, match=message):
         KernelSpec(**{**right, **change})
+
+
+def test_a_tree_mask_is_for_verify_alone_and_without_a_window():
+    spec = KernelSpec(**{**GOOD, "op": Op.VERIFY, "tree_mask": True, "sinks": True})
+    assert spec.name.startswith("verify-") and spec.name.endswith("-sinks-tree")
+    assert spec.masks == ("sinks", "tree_mask")
+    for op in (Op.DECODE, Op.EXTEND, Op.WRITE_KV):
+        with pytest.raises(InvalidValue, match=f"tree_mask = True: False is allowed: {op.value} has no tree"):
+            KernelSpec(**{**GOOD, "op": op, "tree_mask": True})
+    with pytest.raises(InvalidValue, match="window = 64: None is allowed with tree_mask"):
+        KernelSpec(**{**GOOD, "op": Op.VERIFY, "tree_mask": True, "window": 64})
+
+
+def test_fields_that_came_later_leave_older_specs_as_they_were():
+    """Hashes and files of specs from before: a default is left out, anything else is written."""
+    plain = KernelSpec(**GOOD)
+    assert "tree_mask" not in codec.encode(plain)
+    tree = KernelSpec(**{**GOOD, "op": Op.VERIFY, "tree_mask": True})
+    assert codec.encode(tree)["tree_mask"] is True

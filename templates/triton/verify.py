@@ -1,0 +1,256 @@
+"""Verify on GPUs: the schedule space, legality and cost of ``verify.py.j2``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pagedgen.errors import Unsupported
+from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
+from pagedgen.templates.triton.decode import (
+    TRITON_TYPES,
+    addressing,
+    cdiv,
+    kv_align,
+    loads_of,
+    next_power_of_two,
+)
+from pagedgen.templates.triton.extend import operands
+from pagedgen.values.schedule import Choice, Schedule
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.target import Target
+from pagedgen.values.workload import Workload
+
+QUERIES = 8  # of a sequence, that the default tile holds the rows of
+
+
+class TritonVerify(Family):
+    """Split-KV attention of a few queries a sequence: decode's pieces, with extend's rows in the tile.
+
+    Splitting the KV length and merging by LSE follows Flash-Decoding (Dao et al., 2023).
+    """
+
+    name = "triton-verify"
+    kind = "cuda"
+    source = TEMPLATES / "triton" / "verify.py.j2"
+    shared = tuple(
+        TEMPLATES / "triton" / n
+        for n in ("verify_pieces.j2", "worklist.j2", "pages.j2", "fp8.j2", "merge.j2", "masks.j2")
+    )
+    masks = ("window", "logits_soft_cap", "sinks", "tree_mask")
+
+    def check(self, spec: KernelSpec, target: Target) -> None:
+        """Raise ``Unsupported`` for what this template cannot do."""
+        if target.kind not in ("cuda", "hip"):
+            raise Unsupported(f"target {target.name}: {self.name} renders for GPUs")
+        if spec.op is not Op.VERIFY:
+            raise Unsupported(f"op {spec.op}: {self.name} is for verify")
+        if spec.q_dtype is DType.F32:
+            raise Unsupported("q_dtype f32: GPU verify takes f16 or bf16 queries")
+        if spec.k_inner is not KInner.DIM:
+            raise Unsupported("k_inner token: GPU verify reads K with head_dim innermost (k_inner dim)")
+
+    def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
+        """Tile, warps, stages, waves, and how a tile is computed. The defaults are estimates."""
+        decodes: tuple[Choice, ...] = ("none",)
+        if spec.kv_dtype.is_fp8:
+            decodes = ("cvt",) if target.fp8_convert and target.kind == "cuda" else ("bits",)
+            if target.kind == "hip":
+                decodes = ("plain",)
+        # More rows than these leave too few registers: accumulators of 4 warps take rows x head_dim / 128.
+        most = 64 if spec.head_dim <= 128 else 32
+        rows = min(most, max(16, next_power_of_two(QUERIES * spec.group_size)))
+        return (
+            Field("tile_m", (16, 32, 64, 128), rows, "rows of a query tile"),
+            Field("tile", (16, 32, 64, 128), 64, "KV tokens worked on at a time"),
+            Field("num_warps", (1, 2, 4, 8), 4, "warps of a program"),
+            Field("num_stages", (2, 3, 4), 3, "depth of the load pipeline"),
+            Field("waves", (1, 2, 3, 4, 6, 8), 2, "pieces aimed at for each SM"),
+            Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
+            Field("seq_lanes", (128, 1024), 128, "sequences whose lengths are scanned at a time"),
+            Field("fp8_decode", decodes, decodes[0], "how FP8 becomes float16"),
+        )
+
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Legality over the symbols: shared memory, registers, warps."""
+        import sympy
+
+        tile, warps, tile_m = sympy.symbols("tile num_warps tile_m", integer=True)
+        smem, smem_limit, regs = sympy.symbols("smem_bytes smem_per_block tile_regs")
+        return (
+            Constraint(
+                "smem", smem <= smem_limit, "Q, and K and V tiles of all stages, fit in shared memory"
+            ),
+            Constraint("registers", regs <= 200, "accumulators, scores and a decoded tile fit in registers"),
+            Constraint(
+                "warps",
+                sympy.Or(tile_m >= 64, 16 * warps <= tile),
+                "warps share a tile's tokens, 16 each, unless the rows are enough to share",
+            ),
+        )
+
+    def costs(self) -> tuple[Cost, ...]:
+        """FLOPs, bytes, occupancy, and the times that bound a call. Rates are estimates, not fitted."""
+        import sympy
+
+        s = sympy.Symbol
+        sms, warps = s("num_sms"), s("num_warps")
+        times = (s("memory_us"), s("issue_us"), s("chain_us"))
+        return (
+            Cost("flops", "FLOP", s("mma_flops"), "matrix products, masked and padded rows included"),
+            Cost(
+                "occupancy",
+                "programs/SM",
+                sympy.Max(
+                    1,
+                    sympy.Min(
+                        sympy.floor(s("smem_per_sm") / (s("smem_bytes") + 1024)),
+                        sympy.floor(s("regs_per_sm") / (sympy.Min(255, s("tile_regs") + 80) * 32 * warps)),
+                        sympy.floor(s("max_threads_per_sm") / (32 * warps)),
+                        32,
+                    ),
+                ),
+                "programs resident on an SM: shared memory, registers, threads",
+            ),
+            Cost(
+                "memory_us",
+                "µs",
+                s("kv_bytes") / (s("bandwidth_gbs") * 1000),
+                "reading K and V once at the bandwidth that reads reach",
+            ),
+            Cost(
+                "issue_us",
+                "µs",
+                s("tiles") * s("slots_per_tile") / (sms * 4 * s("clock_mhz") * s("issue_rate")),
+                "issuing all instructions on four schedulers an SM",
+            ),
+            Cost(
+                "chain_us",
+                "µs",
+                sympy.ceiling(s("pieces") / (sms * s("occupancy")))
+                * (s("tiles") / s("pieces"))
+                * (s("latency_us") / s("buffers")),
+                "a program's tiles one after the other, times the rounds of programs an SM runs",
+            ),
+            Cost(
+                "merge_us",
+                "µs",
+                s("merge_piece_us") * s("merged_pieces"),
+                "the last program of a query tile reads what the others left",
+            ),
+            Cost(
+                "time_us",
+                "µs",
+                s("launch_us")
+                + s("scan_us")
+                + sum(t**4 for t in times) ** sympy.Rational(1, 4)
+                + s("merge_us"),
+                "what a call costs before and after, and the bounds joined by a 4-norm",
+            ),
+        )
+
+    def symbols(
+        self, spec: KernelSpec, target: Target, schedule: Schedule, workload: Workload
+    ) -> Mapping[str, float]:
+        """Numbers behind the symbols: decode's, for as many rows as a tile has."""
+        tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
+        warps, stages = schedule.int("num_warps"), schedule.int("num_stages")
+        loads = loads_of(spec, warps, tile_m)
+        width = sum(load.width for load in loads) * (2 if spec.kv_dtype.is_fp8 else 1)
+        partitions = max(1, cdiv(target.num_sms * schedule.int("waves"), spec.num_kv_heads))
+        lens: list[tuple[int, int]] = []  # KV tokens worked on, query tiles that work on them
+        for seq_len, q_len in zip(workload.seq_lens, workload.lens_of_queries, strict=True):
+            skipped = max(seq_len - q_len - spec.window + 1, 0) // tile * tile if spec.window else 0
+            lens.append((seq_len - skipped, cdiv(q_len * spec.group_size, tile_m)))
+        total = sum(n * count for n, count in lens)
+        chunk = max(cdiv(cdiv(max(1, total), partitions), tile) * tile, self._min_chunk(tile))
+        pieces = sum(cdiv(n, chunk) * count for n, count in lens) * spec.num_kv_heads
+        tiles = sum(cdiv(n, tile) * count for n, count in lens) * spec.num_kv_heads
+        splits = cdiv(max(n for n, _ in lens), chunk)
+        threads, buffers = 32 * warps, max(1, stages - 1)
+        per_tile = {"none": 1000.0, "cvt": 1330.0, "bits": 1720.0, "plain": 2900.0}[
+            str(schedule["fp8_decode"])
+        ]
+        per_tile += {"gather": 400.0, "page": 0.0, "scalar": -100.0}[addressing(spec, tile)]
+        per_tile = per_tile * tile / 64 * width / 128 * (1 + 0.4 * (tile_m / 16 - 1)) + 100.0 * warps
+        tile_bytes = 2 * tile * width * spec.kv_dtype.size
+        return {
+            "tile": tile,
+            "tile_m": tile_m,
+            "num_warps": warps,
+            "smem_bytes": tile_bytes * buffers + tile_m * (tile + width) * 2 + 2048,
+            "smem_per_block": target.smem_per_block,
+            "smem_per_sm": target.smem_per_sm,
+            "regs_per_sm": target.regs_per_sm,
+            "max_threads_per_sm": target.max_threads_per_sm,
+            "tile_regs": (tile_m * (width + tile) + tile * width / 2) / threads,
+            "mma_flops": 4.0 * tile_m * tile * width * tiles,
+            "kv_bytes": float(sum(n for n, count in lens if count) * spec.kv_bytes_per_token),
+            "bandwidth_gbs": max(1.0, target.bandwidth_gbs) * 0.88,  # as decode's
+            "num_sms": target.num_sms,
+            "tiles": max(1, tiles),
+            "pieces": max(1, pieces),
+            "buffers": buffers,
+            "slots_per_tile": per_tile,
+            "clock_mhz": 1755,
+            "issue_rate": 0.38,
+            "latency_us": 1.15,
+            "launch_us": 7.8,
+            "scan_us": 2.0 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
+            "merge_piece_us": 0.133,
+            "merged_pieces": splits if splits > 1 else 0,
+        }
+
+    @staticmethod
+    def _min_chunk(tile: int) -> int:
+        return max(256, tile)  # shorter pieces cost more in merging than they gain in balance
+
+    def context(
+        self,
+        spec: KernelSpec,
+        target: Target,
+        schedule: Schedule,
+    ) -> Mapping[str, object]:
+        """Literals for the Jinja source."""
+        is_fp8 = spec.kv_dtype.is_fp8
+        decode = str(schedule["fp8_decode"])
+        tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
+        loads = loads_of(spec, schedule.int("num_warps"), tile_m)
+        merge_dims = next_power_of_two(spec.head_dim)
+        at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // (tile_m * merge_dims)
+        return {
+            "spec": spec,
+            "target": target,
+            "schedule": schedule,
+            "entry": "paged_verify",
+            "is_fp8": is_fp8,
+            "kv_dtype": spec.kv_dtype.value,
+            "scale_per_head": spec.kv_scale is KVScale.HEAD,
+            "fp8_decode": decode,
+            "decode_factor": 256 if decode != "cvt" and spec.kv_dtype is DType.FP8_E4M3 else 1,
+            "compute_type": "tl.float16" if is_fp8 else TRITON_TYPES[spec.kv_dtype],
+            "out_type": TRITON_TYPES[spec.q_dtype],
+            "row_scaled": is_fp8 and spec.q_dtype is DType.BF16,
+            "head_dim": spec.head_dim,
+            "block_size": spec.block_size,
+            "group_size": spec.group_size,
+            "num_kv_heads": spec.num_kv_heads,
+            "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
+            "loads": loads,
+            "per_word": 2 if is_fp8 else 1,  # elements
+            "parts": operands(spec, loads),
+            "tile_m": tile_m,
+            "tile": tile,
+            "num_stages": schedule.int("num_stages"),
+            "addressing": addressing(spec, tile),
+            "pages_per_tile": max(1, tile // spec.block_size),
+            "seq_lanes": schedule.int("seq_lanes"),
+            "min_chunk": self._min_chunk(tile),
+            "split": "pieces",  # where the merge finds a tile's partial results
+            "rows": tile_m,
+            "merge_rows": tile_m,
+            "merge_dims": merge_dims,
+            "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
+        }
+
+
+FAMILY = TritonVerify()
