@@ -55,7 +55,9 @@ def served(pack_of, make_spec):
             assert variant == -1 and workspace.dtype == torch.uint8
             sinks, tree = (more.pop(0) if wanted else None for wanted in (spec.sinks, spec.tree_mask))
             assert not more
-            inputs = Inputs(q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, sinks, tree)
+            inputs = Inputs(
+                q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, sinks, tree_mask=tree
+            )
             want, want_lse, _ = reference(spec, inputs)
             for first, end in query_ranges(spec, inputs):
                 out[first:end] = want[first:end].to(out.dtype)
