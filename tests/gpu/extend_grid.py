@@ -1,4 +1,4 @@
-"""The extend specs that are proved on real GPUs: head dims, ratios, block sizes, formats and masks.
+"""The extend and verify specs proved on real GPUs: head dims, ratios, block sizes, formats and masks.
 
 ``python tests/gpu/extend_grid.py TARGET EMBED FOLDER [SPEC…]`` builds a pack of each spec (all without names)
 with the default schedule, in parallel.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 from pagedgen.autotune.suites.extend_gpu import BF16, E4M3, F16, jobs, spec_of
-from pagedgen.values.spec import DType, KernelSpec, KVScale
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
 
 E5M2 = DType.FP8_E5M2
 
@@ -39,6 +40,9 @@ def specs() -> tuple[KernelSpec, ...]:
     ):
         found.append(spec_of(q=BF16, lse=True, **masks))
         found.append(spec_of(64, (64, 8), 64, kv=E4M3, **masks))
+    found += [replace(spec, op=Op.VERIFY) for spec in dict.fromkeys(found)]
+    verify = [spec for spec in dict.fromkeys(found) if spec.op is Op.VERIFY and spec.window is None]
+    found += [replace(spec, tree_mask=True) for spec in verify[::2]]
     return tuple(dict.fromkeys(found))
 
 

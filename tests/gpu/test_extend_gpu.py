@@ -1,4 +1,4 @@
-"""Extend kernels on a real GPU: a grid of specs through the gate, eager and captured; the suite's tiles."""
+"""Extend and verify kernels on a real GPU: a grid of specs through the gate; the suite's tiles."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
 from pagedgen.compiler.verify import gate, judge, make_inputs
 from pagedgen.runtime.library import Library
-from pagedgen.values.spec import DType, KernelSpec
+from pagedgen.values.spec import DType, KernelSpec, Op
 from pagedgen.values.target_table import target
 
 pytestmark = [
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (docs/gpu_tests.md)"),
 ]
 SPECS = specs()
+PLAIN = {op: replace(SPECS[0], op=op) for op in (Op.EXTEND, Op.VERIFY)}
 NAMES = {(8, 0): "a100", (8, 9): "l40s", (9, 0): "h100", (10, 0): "b200"}
 
 
@@ -39,7 +41,7 @@ def packs(request, tmp_path_factory) -> Callable[[str, str], dict[KernelSpec, Pa
     def make(name: str, embed: str) -> dict[KernelSpec, Path]:
         if (name, embed) not in made:
             folder = tmp_path_factory.mktemp(f"extend-{name}-{embed}")
-            chosen = [spec for spec in SPECS if spec in wanted or spec is SPECS[0]]
+            chosen = [spec for spec in SPECS if spec in wanted or spec in PLAIN.values()]
             script = Path(__file__).with_name("extend_grid.py")
             command = [sys.executable, str(script), name, embed, str(folder), *(s.name for s in chosen)]
             subprocess.run(command, check=True, timeout=600)
@@ -90,15 +92,16 @@ def test_every_tile_of_the_suite_passes_the_gate(tmp_path, kv):
         assert verdict.passed, (schedule.name, verdict)
 
 
-def test_one_graph_serves_changing_lengths(packs):
+@pytest.mark.parametrize("op", PLAIN)
+def test_one_graph_serves_changing_lengths(packs, op):
     """Prompts, chunks, decodes and padding in one captured launch, shared out anew at every replay."""
-    spec = SPECS[0]
+    spec = PLAIN[op]
     inputs = make_inputs(spec, (700, 900, 64, 300), "cuda", 1, query_lens=(300, 1, 64, 35), poison=False)
     attention = load(packs(NAMES[torch.cuda.get_device_capability()], "cubin")[spec])
     attention.prepare(0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        attention.extend(
+        getattr(attention, op)(
             inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q,
             out=inputs.out, softmax_scale=inputs.softmax_scale,
         )  # fmt: skip
