@@ -20,14 +20,16 @@ from pagedgen.autotune.explore import explorer, table
 from pagedgen.autotune.explore.explorer import BLOCK_SIZES, Exploration, contiguous, explore
 from pagedgen.autotune.explore.load import Arrivals, Load
 from pagedgen.autotune.explore.report import Report
+from pagedgen.autotune.explore.timings import KernelTimings
 from pagedgen.errors import InvalidValue, MalformedFile
 from pagedgen.values import codec
 from pagedgen.values.model import preset
-from pagedgen.values.spec import DType
+from pagedgen.values.spec import DType, Op
 from pagedgen.values.target_table import target
 from pagedgen.values.trace import Request, Trace, sample_trace
 from pagedgen.values.weights import find_weights
 
+SAMPLES = Path(__file__).resolve().parents[3] / "docs/benchmarks/block-sizes-gpu-h100.json"
 CLOSED = Load(Arrivals.CLOSED, 32)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -50,6 +52,19 @@ def exploration(**more: object) -> Exploration:
 
 def some(count: int = 60) -> Trace:
     return replace(sample_trace(), requests=sample_trace().requests[:count])
+
+
+def test_a_file_brings_decode_times_and_the_rate_of_prompts():
+    what = exploration(timings=KernelTimings.load(SAMPLES))
+    measured = explore(what, [(some(20), CLOSED, False)])
+    predicted = explore(exploration(), [(some(20), CLOSED, False)])
+    for ours, other in zip(measured.traces[0].outcomes, predicted.traces[0].outcomes, strict=True):
+        spec = replace(what.spec(int(ours.name)), op=Op.EXTEND)
+        share = what.timings.matmul_share(spec, what.target)
+        assert 0.2 < share < 0.6
+        assert ours.kernel_status == "measured" and other.kernel_status == "predicted"
+        assert "block-sizes-gpu" in ours.kernel_origin
+        assert ours.kernel_origin.endswith(f"prompts at {share:.0%} of the matrix rate")
 
 
 @pytest.fixture(scope="module")
