@@ -34,6 +34,7 @@ class Decode(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -54,6 +55,8 @@ class Extend(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -75,6 +78,8 @@ class Verify(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -98,10 +103,22 @@ def bind(attention: Attention) -> Decode:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor:
         out: torch.Tensor = _decode(
-            number, q, k, v, block_table, seq_lens, softmax_scale, k_scale, v_scale, max_seq_len, sinks
+            number,
+            q,
+            k,
+            v,
+            block_table,
+            seq_lens,
+            softmax_scale,
+            k_scale,
+            v_scale,
+            max_seq_len,
+            sinks,
+            alibi_slopes,
         )
         return out
 
@@ -125,11 +142,13 @@ def bind_extend(attention: Attention) -> Extend:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor:
         out: torch.Tensor = _extend(
             number, q, k, v, block_table, seq_lens, cu_seqlens_q, softmax_scale, k_scale, v_scale,
-            max_seq_len, sinks,
+            max_seq_len, sinks, alibi_slopes, causal,
         )  # fmt: skip
         return out
 
@@ -154,16 +173,23 @@ def bind_verify(attention: Attention) -> Verify:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor:
         out: torch.Tensor = _verify(
             number, q, k, v, block_table, seq_lens, cu_seqlens_q, softmax_scale, k_scale, v_scale,
-            max_seq_len, sinks, tree_mask,
+            max_seq_len, sinks, alibi_slopes, causal, tree_mask,
         )  # fmt: skip
         return out
 
     verify.attention = attention  # type: ignore[attr-defined]
     return verify
+
+
+def _shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
+    """Of the result: queries' rows, as long as V's."""
+    return (*q.shape[:-1], v.shape[-1])
 
 
 def _held(pack: int) -> Attention:
@@ -188,13 +214,14 @@ def _decode(
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     attention = _held(pack)
     # Padding rows are not written by kernels; an operator's result has no bytes of old memory.
-    out = torch.zeros_like(q)
+    out = q.new_zeros(_shape(q, v))
     attention.decode(
         q, k, v, block_table, seq_lens, out=out, softmax_scale=softmax_scale,
-        k_scale=k_scale, v_scale=v_scale, sinks=sinks, max_seq_len=max_seq_len,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, alibi_slopes=alibi_slopes, max_seq_len=max_seq_len,
     )  # fmt: skip
     return out
 
@@ -212,8 +239,9 @@ def _(
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return torch.empty_like(q)
+    return q.new_empty(_shape(q, v))
 
 
 @torch.library.custom_op("pagedgen::extend", mutates_args=())
@@ -230,12 +258,15 @@ def _extend(
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    causal: torch.Tensor | None = None,
 ) -> torch.Tensor:
     attention = _held(pack)
-    out = torch.zeros_like(q)  # padding rows, as for decode
+    out = q.new_zeros(_shape(q, v))  # padding rows, as for decode
     attention.extend(
         q, k, v, block_table, seq_lens, cu_seqlens_q, out=out, softmax_scale=softmax_scale,
-        k_scale=k_scale, v_scale=v_scale, sinks=sinks, max_seq_len=max_seq_len,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, alibi_slopes=alibi_slopes, causal=causal,
+        max_seq_len=max_seq_len,
     )  # fmt: skip
     return out
 
@@ -254,8 +285,10 @@ def _(
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    causal: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return torch.empty_like(q)
+    return q.new_empty(_shape(q, v))
 
 
 @torch.library.custom_op("pagedgen::verify", mutates_args=())
@@ -272,13 +305,16 @@ def _verify(
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    causal: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     attention = _held(pack)
-    out = torch.zeros_like(q)  # padding rows, as for decode
+    out = q.new_zeros(_shape(q, v))  # padding rows, as for decode
     attention.verify(
         q, k, v, block_table, seq_lens, cu_seqlens_q, out=out, softmax_scale=softmax_scale,
-        k_scale=k_scale, v_scale=v_scale, sinks=sinks, tree_mask=tree_mask, max_seq_len=max_seq_len,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, alibi_slopes=alibi_slopes, causal=causal,
+        tree_mask=tree_mask, max_seq_len=max_seq_len,
     )  # fmt: skip
     return out
 
@@ -297,9 +333,11 @@ def _(
     v_scale: torch.Tensor | None,
     max_seq_len: int | None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    causal: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return torch.empty_like(q)
+    return q.new_empty(_shape(q, v))
 
 
 def write_kv(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:

@@ -36,6 +36,7 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "new_v_ptr": POINTER_TYPES[spec.q_dtype],
         "slot_mapping_ptr": "*i64",
         "tree_mask_ptr": "*i64",
+        "causal_ptr": "*u8",
         "num_tokens": "i32",
         "counter_ptr": "*i32",
         "qk_scale": "fp32",
