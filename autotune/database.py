@@ -186,8 +186,8 @@ class Database:
         return replace(entry, records=kept, selection=selection if whole else None)
 
     def find(self, spec: KernelSpec, target: str, here: Stamp) -> Found | None:
-        """The entry that holds for ``here``, of kernels rendered today: a measured selection before a predicted
-        one, an exact fit before a near one, the user's before the shipped one, a newer before an older.
+        """The entry that holds for ``here``, of kernels rendered today: a measured selection before a
+        predicted one, an exact fit before a near one, the user's before the shipped one, then the newest.
 
         Raises:
             MalformedFile: a file is damaged, or is not what its name says.

@@ -69,8 +69,8 @@ class Timing:
 class Record:
     """spec × target × workload × schedule → time, with its prediction beside it.
 
-    ``kernel`` is the hash of the rendered kernel and launcher that the time is of (``compiler.kernel_hash``): a
-    record of another than what is rendered now is not used.
+    ``kernel`` is the hash of the rendered kernel and launcher that the time is of (``compiler.kernel_hash``):
+    a record of another than what is rendered now is not used.
 
     Raises:
         InvalidValue: a measured record without timing, roofline or a passed verdict.
