@@ -48,6 +48,11 @@ SUITES: dict[str, Suite] = {
             "pagedgen.autotune.suites.extend_gpu",
         ),
         Suite(
+            "verify-gpu",
+            "verifying drafts, in a line and in a tree, on this GPU, beside decode of the same KV",
+            "pagedgen.autotune.suites.verify_gpu",
+        ),
+        Suite(
             "load",
             "loading a pack and the first call in a fresh process, call overhead, pagedgen --help",
             "pagedgen.autotune.suites.load",
