@@ -48,6 +48,11 @@ SUITES: dict[str, Suite] = {
             "pagedgen.autotune.suites.extend_gpu",
         ),
         Suite(
+            "verify-gpu",
+            "verifying drafts, in a line and in a tree, on this GPU, beside decode of the same KV",
+            "pagedgen.autotune.suites.verify_gpu",
+        ),
+        Suite(
             "load",
             "loading a pack and the first call in a fresh process, call overhead, pagedgen --help",
             "pagedgen.autotune.suites.load",
@@ -60,7 +65,7 @@ SUITES: dict[str, Suite] = {
         ),
         Suite(
             "block-sizes-gpu",
-            "decode on this GPU against block size and run coverage; for explore --kernel-times",
+            "decode and extend on this GPU against block size and run coverage; for explore --kernel-times",
             "pagedgen.autotune.suites.block_sizes_gpu",
         ),
     )

@@ -142,7 +142,7 @@ def compile_picks(jobs: Sequence[Job], target: Target, shop: Workshop, note: Not
     for turn in range(NEAREST):
         if not pending:
             return
-        note(f"decode-gpu: compiling {len(pending)} specs, turn {turn + 1}")
+        note(f"compiling {len(pending)} specs, turn {turn + 1}")
         nearest = [near_default(spec, target) for spec in pending]
         sources = [
             render(s, target, near[min(turn, len(near) - 1)])

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pagedgen.autotune.suites import SUITES, run_suite
+from pagedgen.autotune.suites import SUITES, run_suite, verify_gpu
 from pagedgen.autotune.suites.contest import Contender, contest, pick
 from pagedgen.autotune.suites.decode_gpu import GRID_WORKLOAD, grid, rows
 from pagedgen.autotune.suites.report import Case, Report, Row
 from pagedgen.compiler.space import default_schedule
-from pagedgen.errors import DeviceMissing, UnknownName
+from pagedgen.errors import CompileError, DeviceMissing, UnknownName
 from pagedgen.values.spec import DType, KernelSpec, Op
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
@@ -94,12 +94,46 @@ def test_the_grid_is_what_was_promised() -> None:
     assert {job.workload.name for job in rows()} >= {"1x8192", "32x8192", "128x1024", "1x131072+63x1024"}
 
 
+def test_verify_is_timed_beside_decode_of_the_same_kv() -> None:
+    jobs = verify_gpu.jobs()
+    assert all(job.spec.op is Op.VERIFY for job in jobs)
+    for kv in (DType.F16, DType.BF16, DType.FP8_E4M3):
+        batches = [job.workload for job in jobs if job.spec.kv_dtype is kv]
+        assert {(w.num_seqs, w.lens_of_queries[0], w.max_seq_len) for w in batches} >= {
+            (64, 8, 4096), (16, 4, 4096), (64, 16, 4096), (8, 64, 4096),
+        }  # fmt: skip
+    for job in jobs:
+        (_, decode, plain), *verifies = verify_gpu.contenders_of(job)
+        assert decode.op is Op.DECODE and plain.seq_lens == job.workload.seq_lens and not plain.query_lens
+        for _, spec, workload in verifies:
+            assert spec.op is Op.VERIFY and workload.kv_bytes(spec) == plain.kv_bytes(decode)
+        assert {spec.tree_mask for _, spec, _ in verifies} == ({False} if job.spec.window else {False, True})
+
+
+def test_a_verify_that_does_not_compile_is_a_row_and_others_are_timed(tmp_path, monkeypatch) -> None:
+    log: list[float] = []
+
+    def ours(spec, target, workload, device, folder, name):
+        if spec.tree_mask:
+            raise CompileError("no")
+        return Contender(name, FakeClock(30.0 if spec.op is Op.VERIFY else 20.0, log), 100, flops=7)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verify_gpu, "ours", ours)
+    job = verify_gpu.jobs()[0]
+    rows = verify_gpu._contest(job, target("h100"), tmp_path)
+    first, second, third = Case("case", job.spec, job.workload, rows, (1.0,)).summaries()
+    assert (first.contender, first.failure) == (verify_gpu.DECODE, "")
+    assert (second.contender, second.speed_ratio) == (verify_gpu.LINE, 1.5)  # of decode's time
+    assert (third.contender, third.failure) == (verify_gpu.TREE, "CompileError: no")
+
+
 def test_unknown_suites_and_absent_devices_are_named(monkeypatch) -> None:
-    with pytest.raises(UnknownName, match="decode-cpu, decode-gpu, extend-gpu, load"):
+    with pytest.raises(UnknownName, match="decode-cpu, decode-gpu, extend-gpu, verify-gpu, load"):
         run_suite("nope", None, print)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(DeviceMissing, match="gpu 0"):
-        run_suite("decode-gpu", None, print)
+    for suite in ("decode-gpu", "verify-gpu"):
+        with pytest.raises(DeviceMissing, match="gpu 0"):
+            run_suite(suite, None, print)
 
 
 def test_every_suite_has_its_module() -> None:
