@@ -20,6 +20,13 @@ from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What tests/fuzz draws."""
+    group = parser.getgroup("pagedgen")
+    group.addoption("--fuzz-seed", type=int, default=0, help="seed of the draws of tests/fuzz")
+    group.addoption("--fuzz-share", type=int, default=1, help="how many times as many draws")
+
+
 @pytest.fixture(autouse=True)
 def no_shipped_records(monkeypatch, tmp_path_factory) -> None:
     """Tests make their own records: what ships changes with every release."""

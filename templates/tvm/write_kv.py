@@ -63,7 +63,12 @@ class TvmWriteKV(Family):
 
         s = sympy.Symbol
         return (
-            Cost("bytes", "B", s("read_bytes") + 2 * s("written_bytes"), "new K and V read, lines of the pool read and written"),
+            Cost(
+                "bytes",
+                "B",
+                s("read_bytes") + 2 * s("written_bytes"),
+                "new K and V read, lines of the pool read and written",
+            ),
             Cost("memory_us", "us", s("bytes") / s("bandwidth_gbs") / 1000, "the bytes"),
             Cost(
                 "instructions",
@@ -71,8 +76,18 @@ class TvmWriteKV(Family):
                 s("elements") * (s("convert") / s("lanes") + s("scattered")) + s("rows") * 12,
                 "conversions by vectors, K along tokens by elements, addresses",
             ),
-            Cost("compute_us", "us", s("instructions") / (s("num_cores") * s("ghz") * 1000), "one a cycle and core"),
-            Cost("time_us", "us", Max(s("memory_us"), s("compute_us")) + 2, "the slower of the two, and the call"),
+            Cost(
+                "compute_us",
+                "us",
+                s("instructions") / (s("num_cores") * s("ghz") * 1000),
+                "one a cycle and core",
+            ),
+            Cost(
+                "time_us",
+                "us",
+                Max(s("memory_us"), s("compute_us")) + 2,
+                "the slower of the two, and the call",
+            ),
         )
 
     def symbols(

@@ -112,6 +112,8 @@ def test_cost_and_refusal(make_spec):
     spec, work = make_spec(heads=(8, 8), q="bf16", op="write_kv"), Workload.uniform(4096, 2048)
     narrow, *_, wide = feasible(spec, cpu())
     assert narrow.int("lanes") < wide.int("lanes")
-    assert predict(spec, cpu(), wide, work)["instructions"] < predict(spec, cpu(), narrow, work)["instructions"]
+    assert (
+        predict(spec, cpu(), wide, work)["instructions"] < predict(spec, cpu(), narrow, work)["instructions"]
+    )
     with pytest.raises(Unsupported, match="arch x86_64-sse2 of target old"):
         FAMILY.check(spec, Target("old", "cpu", "x86_64-sse2", 2))
