@@ -35,7 +35,6 @@ from pagedgen.values.spec import DType, KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
-
 LINE_BYTES = 64
 PREFETCH_LEVELS = {"l1": 3, "l2": 2}
 
