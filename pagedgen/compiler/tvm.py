@@ -40,7 +40,7 @@ MACHINES = {
 def compile_tvm(source: Source) -> Binary:
     """Compile for ``source.target.arch``, whichever processor this is.
 
-    The object defines C functions whose names begin with ``<symbol>_``: what the launcher of the operator calls.
+    The object defines C functions named ``<symbol>_…``, which the launcher of the operator calls.
 
     Raises:
         CompileError: TVM or LLVM refused it.
