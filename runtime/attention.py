@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -77,9 +76,24 @@ class Kernel:
         self.workspaces = Workspaces(library)
 
 
-# Every Attention that somebody holds, by its number: torch operators take no objects.
-_numbers = itertools.count()
-LOADED: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionary()
+# Every Attention that somebody holds, by its number; several where a pack was loaded several times.
+_loaded: dict[int, list[weakref.ref[Attention]]] = {}
+
+
+def loaded(number: int) -> Attention:
+    """A pack of this process by its number, the newest if it was loaded again: operators take no objects.
+
+    Raises:
+        ArgumentError: no pack of that number is loaded, or not any more.
+    """
+    for reference in reversed(_loaded.get(number, ())):
+        attention = reference()
+        if attention is not None:
+            return attention
+    raise ArgumentError(
+        f"pack = {number}: no such pack is loaded, or nobody holds it any more; pagedgen.load it, and keep "
+        "what it returns"
+    )
 
 
 class Attention:
@@ -105,8 +119,11 @@ class Attention:
         self._only = {op: found[0] for op, found in of_op.items() if len(found) == 1}
         self._matches: dict[tuple[object, ...], Kernel] = {}
         self._checked = checks_wanted()
-        self.number = next(_numbers)
-        LOADED[self.number] = self
+        self._by_name = {kernel.spec.name: kernel.spec for kernel in kernels}
+        # Of what is in the pack: a program that was exported with it finds it in another process.
+        self.number = int(pack.manifest.digest[:15], 16)
+        held = [reference for reference in _loaded.get(self.number, ()) if reference() is not None]
+        _loaded[self.number] = [*held, weakref.ref(self)]
 
     @property
     def specs(self) -> tuple[KernelSpec, ...]:
@@ -544,6 +561,17 @@ class Attention:
             return self._kernels[spec]
         except KeyError:
             name = spec.name if isinstance(spec, KernelSpec) else repr(spec)
+            raise SpecNotInPack(f"spec = {name}: {self._known()}") from None
+
+    def spec_named(self, name: str) -> KernelSpec:
+        """The pack's spec of that name.
+
+        Raises:
+            SpecNotInPack: there is none.
+        """
+        try:
+            return self._by_name[name]
+        except KeyError:
             raise SpecNotInPack(f"spec = {name}: {self._known()}") from None
 
     def prepare(self, device: torch.device | str | int = 0) -> None:

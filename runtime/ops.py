@@ -1,26 +1,35 @@
-"""torch custom operators of the runtime, so that ``torch.compile(fullgraph=True)`` goes through them.
+"""torch custom operators of the runtime: the base for any stack, and what ``torch.compile`` goes through.
 
-``pagedgen::decode``, ``::extend``, ``::verify``, ``::write_kv`` and ``::copy_blocks`` have fake
-implementations (shapes without data) and declare what they write to. None of them synchronises, so captured
-CUDA graphs replay them.
+``pagedgen::decode``, ``::extend`` and ``::verify`` return a new tensor; ``::decode_out``, ``::extend_out``
+and ``::verify_out`` write to ``out``, and to ``lse`` where it is given; ``::write_kv`` writes to pools of K
+and V. All name a pack by :attr:`Attention.number`, which follows from what is in it, and with ``spec`` one of
+its kernels where several fit; other arguments are those of the methods of :class:`Attention`.
+``::store_kv`` and ``::copy_blocks`` are operations on a :class:`KVCache`.
 
-    decode = ops.bind(pagedgen.load(pack))          # once
+They have fake implementations (shapes without data), declare what they write to and never synchronise: they
+work under ``torch.compile(fullgraph=True)``, ``torch.export`` and in captured CUDA graphs. A process that
+runs an exported program imports this module and keeps the pack loaded.
+
+    decode = ops.bind(pagedgen.load(pack))          # once; keeps the pack loaded
     out = decode(q, k, v, block_table, seq_lens)    # inside a compiled function
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
-from pagedgen.errors import ArgumentError
-from pagedgen.runtime.attention import LOADED, Attention
+from pagedgen.runtime.attention import Attention, loaded
 from pagedgen.runtime.kv_cache import KVCache, store
+from pagedgen.values.spec import KernelSpec, Op
 
 
 class Decode(Protocol):
-    """Decode attention as an operator; the arguments are those of :meth:`Attention.decode`."""
+    """Decode attention as an operator; the arguments are those of :meth:`Attention.decode`.
+
+    Without ``out`` the result is a new tensor, zero in padding rows. The LSE goes to ``lse`` with ``out``.
+    """
 
     def __call__(
         self,
@@ -30,6 +39,8 @@ class Decode(Protocol):
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         *,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
         softmax_scale: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
@@ -39,7 +50,10 @@ class Decode(Protocol):
 
 
 class Extend(Protocol):
-    """Extend attention as an operator; the arguments are those of :meth:`Attention.extend`."""
+    """Extend attention as an operator; the arguments are those of :meth:`Attention.extend`.
+
+    ``out`` and ``lse`` are as :class:`Decode` has them.
+    """
 
     def __call__(
         self,
@@ -50,6 +64,8 @@ class Extend(Protocol):
         seq_lens: torch.Tensor,
         cu_seqlens_q: torch.Tensor,
         *,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
         softmax_scale: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
@@ -59,7 +75,10 @@ class Extend(Protocol):
 
 
 class Verify(Protocol):
-    """Verify attention as an operator; the arguments are those of :meth:`Attention.verify`."""
+    """Verify attention as an operator; the arguments are those of :meth:`Attention.verify`.
+
+    ``out`` and ``lse`` are as :class:`Decode` has them.
+    """
 
     def __call__(
         self,
@@ -71,6 +90,8 @@ class Verify(Protocol):
         cu_seqlens_q: torch.Tensor,
         *,
         tree_mask: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
         softmax_scale: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
@@ -79,240 +100,176 @@ class Verify(Protocol):
     ) -> torch.Tensor: ...
 
 
-# Operators take tensors and numbers only, so a pack goes by its number; it lives while somebody holds it.
-_attentions = LOADED
+class WriteKV(Protocol):
+    """The writing of new tokens as an operator; the arguments are those of :meth:`Attention.write_kv`."""
 
-
-def bind(attention: Attention) -> Decode:
-    """The decode operator of one pack, without LSE; it keeps the pack loaded."""
-    number = attention.number
-
-    def decode(
-        q: torch.Tensor,
+    def __call__(
+        self,
+        new_k: torch.Tensor,
+        new_v: torch.Tensor,
+        slot_mapping: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
         *,
-        softmax_scale: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        max_seq_len: int | None = None,
-    ) -> torch.Tensor:
-        out: torch.Tensor = _decode(
-            number, q, k, v, block_table, seq_lens, softmax_scale, k_scale, v_scale, max_seq_len, sinks
-        )
+    ) -> None: ...
+
+
+def bind(attention: Attention, spec: KernelSpec | None = None) -> Decode:
+    """The decode operator of a pack, or of one of its specs; it keeps the pack loaded.
+
+    Raises:
+        SpecNotInPack: ``spec`` is not in the pack.
+    """
+    return cast(Decode, _bound(Op.DECODE, attention, spec))
+
+
+def bind_extend(attention: Attention, spec: KernelSpec | None = None) -> Extend:
+    """The extend operator of a pack; see :func:`bind`."""
+    return cast(Extend, _bound(Op.EXTEND, attention, spec))
+
+
+def bind_verify(attention: Attention, spec: KernelSpec | None = None) -> Verify:
+    """The verify operator of a pack; see :func:`bind`."""
+    return cast(Verify, _bound(Op.VERIFY, attention, spec))
+
+
+def bind_write_kv(attention: Attention, spec: KernelSpec | None = None) -> WriteKV:
+    """The operator of a pack that writes to pools; see :func:`bind`."""
+    number, name = attention.number, _name(attention, spec)
+
+    def write_kv(*tensors: torch.Tensor, **scales: torch.Tensor | None) -> None:
+        torch.ops.pagedgen.write_kv(number, *tensors, spec=name, **scales)
+
+    write_kv.attention = attention  # type: ignore[attr-defined]
+    return cast(WriteKV, write_kv)
+
+
+def _bound(op: Op, attention: Attention, spec: KernelSpec | None) -> object:
+    number, name = attention.number, _name(attention, spec)
+    functional = getattr(torch.ops.pagedgen, op.value)
+    into = getattr(torch.ops.pagedgen, f"{op.value}_out")
+
+    def call(*tensors: torch.Tensor, out: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        if out is None:
+            result: torch.Tensor = functional(number, *tensors, spec=name, **options)
+            return result
+        into(number, *tensors, out=out, spec=name, **options)
         return out
 
-    decode.attention = attention  # type: ignore[attr-defined]
-    return decode
+    call.attention = attention  # type: ignore[attr-defined]
+    return call
 
 
-def bind_extend(attention: Attention) -> Extend:
-    """The extend operator of one pack, without LSE; it keeps the pack loaded."""
-    number = attention.number
+def _name(attention: Attention, spec: KernelSpec | None) -> str | None:
+    return None if spec is None else attention.kernel(spec).spec.name
 
-    def extend(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        *,
-        softmax_scale: float | None = None,
-        k_scale: torch.Tensor | None = None,
-        v_scale: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        max_seq_len: int | None = None,
-    ) -> torch.Tensor:
-        out: torch.Tensor = _extend(
-            number, q, k, v, block_table, seq_lens, cu_seqlens_q, softmax_scale, k_scale, v_scale,
-            max_seq_len, sinks,
-        )  # fmt: skip
+
+def _spec(attention: Attention, name: str | None) -> KernelSpec | None:
+    return None if name is None else attention.spec_named(name)
+
+
+# What the attention operators take, as torch's schema language has it. An optional argument that a method of
+# Attention gains is added here and to the protocols above, nowhere else.
+TENSORS = {
+    Op.DECODE: "Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor seq_lens",
+    Op.EXTEND: "Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q",
+    Op.VERIFY: "Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q",
+}
+OPTIONS = (
+    "float? softmax_scale=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? sinks=None, "
+    "SymInt? max_seq_len=None, str? spec=None"
+)
+OWN_OPTIONS = {Op.VERIFY: ", Tensor? tree_mask=None"}
+OUTPUTS = "Tensor(a!) out, Tensor(b!)? lse=None"
+
+
+def _names(schema: str) -> tuple[str, ...]:
+    """Argument names, in order: torch hands arguments to an implementation by position."""
+    return tuple(argument.split()[-1].partition("=")[0] for argument in schema.split(", "))
+
+
+def _define(op: Op) -> None:
+    """Make the two operators of an attention operator known to torch."""
+    options = OPTIONS + OWN_OPTIONS.get(op, "")
+    of_functional, of_out = f"{TENSORS[op]}, {options}", f"{TENSORS[op]}, {OUTPUTS}, {options}"
+    names, names_of_out = _names(of_functional), _names(of_out)
+
+    def run(pack: int, spec: str | None = None, **arguments: Any) -> None:
+        attention = loaded(pack)
+        getattr(attention, op.value)(**arguments, spec=_spec(attention, spec))
+
+    def functional(pack: int, *arguments: Any) -> torch.Tensor:
+        # Padding rows are not written by kernels; an operator's result has no bytes of old memory.
+        given = dict(zip(names, arguments, strict=False))
+        out: torch.Tensor = given["q"].new_zeros(_shape(*arguments))
+        run(pack, out=out, **given)
         return out
 
-    extend.attention = attention  # type: ignore[attr-defined]
-    return extend
-
-
-def bind_verify(attention: Attention) -> Verify:
-    """The verify operator of one pack, without LSE; it keeps the pack loaded."""
-    number = attention.number
-
-    def verify(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        *,
-        tree_mask: torch.Tensor | None = None,
-        softmax_scale: float | None = None,
-        k_scale: torch.Tensor | None = None,
-        v_scale: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        max_seq_len: int | None = None,
-    ) -> torch.Tensor:
-        out: torch.Tensor = _verify(
-            number, q, k, v, block_table, seq_lens, cu_seqlens_q, softmax_scale, k_scale, v_scale,
-            max_seq_len, sinks, tree_mask,
-        )  # fmt: skip
+    def fake(pack: int, *arguments: Any) -> torch.Tensor:
+        out: torch.Tensor = arguments[0].new_empty(_shape(*arguments))
         return out
 
-    verify.attention = attention  # type: ignore[attr-defined]
-    return verify
+    def into(pack: int, *arguments: Any) -> None:
+        run(pack, **dict(zip(names_of_out, arguments, strict=False)))
+
+    torch.library.custom_op(
+        f"pagedgen::{op}", functional, mutates_args=(), schema=f"(int pack, {of_functional}) -> Tensor"
+    ).register_fake(fake)
+    torch.library.custom_op(
+        f"pagedgen::{op}_out", into, mutates_args=("out", "lse"), schema=f"(int pack, {of_out}) -> ()"
+    ).register_fake(_nothing)
 
 
-def _held(pack: int) -> Attention:
-    attention = _attentions.get(pack)
-    if attention is None:
-        raise ArgumentError(
-            f"pack = {pack}: the operator that bind() returned for it is gone, and the pack with it"
-        )
-    return attention
+def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[int, ...]:
+    return (*q.shape[:-1], v.shape[-1])
 
 
-@torch.library.custom_op("pagedgen::decode", mutates_args=())
-def _decode(
+def _nothing(*arguments: object, **options: object) -> None:
+    """The fake implementation of what returns nothing."""
+
+
+for _op in TENSORS:
+    _define(_op)
+
+
+@torch.library.custom_op("pagedgen::write_kv", mutates_args=("k", "v"))
+def _write_kv(
     pack: int,
-    q: torch.Tensor,
+    new_k: torch.Tensor,
+    new_v: torch.Tensor,
+    slot_mapping: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    max_seq_len: int | None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    attention = _held(pack)
-    # Padding rows are not written by kernels; an operator's result has no bytes of old memory.
-    out = torch.zeros_like(q)
-    attention.decode(
-        q, k, v, block_table, seq_lens, out=out, softmax_scale=softmax_scale,
-        k_scale=k_scale, v_scale=v_scale, sinks=sinks, max_seq_len=max_seq_len,
-    )  # fmt: skip
-    return out
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    spec: str | None = None,
+) -> None:
+    attention = loaded(pack)
+    attention.write_kv(
+        new_k, new_v, slot_mapping, k, v, k_scale=k_scale, v_scale=v_scale, spec=_spec(attention, spec)
+    )
 
 
-@_decode.register_fake
-def _(
-    pack: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    max_seq_len: int | None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return torch.empty_like(q)
+_write_kv.register_fake(_nothing)
 
 
-@torch.library.custom_op("pagedgen::extend", mutates_args=())
-def _extend(
-    pack: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    softmax_scale: float | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    max_seq_len: int | None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    attention = _held(pack)
-    out = torch.zeros_like(q)  # padding rows, as for decode
-    attention.extend(
-        q, k, v, block_table, seq_lens, cu_seqlens_q, out=out, softmax_scale=softmax_scale,
-        k_scale=k_scale, v_scale=v_scale, sinks=sinks, max_seq_len=max_seq_len,
-    )  # fmt: skip
-    return out
-
-
-@_extend.register_fake
-def _(
-    pack: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    softmax_scale: float | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    max_seq_len: int | None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return torch.empty_like(q)
-
-
-@torch.library.custom_op("pagedgen::verify", mutates_args=())
-def _verify(
-    pack: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    softmax_scale: float | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    max_seq_len: int | None,
-    sinks: torch.Tensor | None = None,
-    tree_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    attention = _held(pack)
-    out = torch.zeros_like(q)  # padding rows, as for decode
-    attention.verify(
-        q, k, v, block_table, seq_lens, cu_seqlens_q, out=out, softmax_scale=softmax_scale,
-        k_scale=k_scale, v_scale=v_scale, sinks=sinks, tree_mask=tree_mask, max_seq_len=max_seq_len,
-    )  # fmt: skip
-    return out
-
-
-@_verify.register_fake
-def _(
-    pack: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    softmax_scale: float | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    max_seq_len: int | None,
-    sinks: torch.Tensor | None = None,
-    tree_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return torch.empty_like(q)
-
-
-def write_kv(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+def store_kv(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """:meth:`KVCache.write_kv` as an operator."""
     raw_k, raw_v = cache.raw(layer)
-    writer = None if cache.writer(k, v) is None or cache.attention is None else cache.attention.number
+    writer = cache.writer(k, v)
+    pack = None if writer is None or cache.attention is None else cache.attention.number
     k_scale = None if cache.k_scale is None else cache.k_scale[layer]
     v_scale = None if cache.v_scale is None else cache.v_scale[layer]
-    _write_kv(raw_k, raw_v, k, v, slots, k_scale, v_scale, cache.fp8_type, writer)
+    _store_kv(
+        raw_k, raw_v, k, v, slots, k_scale, v_scale, cache.fp8_type, pack,
+        None if writer is None else writer.name,
+    )  # fmt: skip
 
 
-@torch.library.custom_op("pagedgen::write_kv", mutates_args=("pool_k", "pool_v"))
-def _write_kv(
+@torch.library.custom_op("pagedgen::store_kv", mutates_args=("pool_k", "pool_v"))
+def _store_kv(
     pool_k: torch.Tensor,
     pool_v: torch.Tensor,
     k: torch.Tensor,
@@ -322,30 +279,22 @@ def _write_kv(
     v_scale: torch.Tensor | None,
     fp8_type: torch.dtype | None,
     pack: int | None = None,
+    spec: str | None = None,
 ) -> None:
     if pack is not None:  # its kernel needs no spare block behind the pool's last
         into_k, into_v = pool_k[:-1], pool_v[:-1]
         if fp8_type is not None:
             into_k, into_v = into_k.view(fp8_type), into_v.view(fp8_type)
-        _held(pack).write_kv(k, v, slots, into_k, into_v, k_scale=k_scale, v_scale=v_scale)
+        attention = loaded(pack)
+        attention.write_kv(
+            k, v, slots, into_k, into_v, k_scale=k_scale, v_scale=v_scale, spec=_spec(attention, spec)
+        )
         return
     store(pool_k, k, slots, k_scale, fp8_type)
     store(pool_v, v, slots, v_scale, fp8_type)
 
 
-@_write_kv.register_fake
-def _(
-    pool_k: torch.Tensor,
-    pool_v: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slots: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    fp8_type: torch.dtype | None,
-    pack: int | None = None,
-) -> None:
-    return None
+_store_kv.register_fake(_nothing)
 
 
 @torch.library.custom_op("pagedgen::copy_blocks", mutates_args=("blocks",))
@@ -357,6 +306,4 @@ def copy_blocks(blocks: torch.Tensor, pairs: torch.Tensor) -> None:
     blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
 
 
-@copy_blocks.register_fake
-def _(blocks: torch.Tensor, pairs: torch.Tensor) -> None:
-    return None
+copy_blocks.register_fake(_nothing)

@@ -65,7 +65,7 @@ SUITES: dict[str, Suite] = {
         ),
         Suite(
             "block-sizes-gpu",
-            "decode on this GPU against block size and run coverage; for explore --kernel-times",
+            "decode and extend on this GPU against block size and run coverage; for explore --kernel-times",
             "pagedgen.autotune.suites.block_sizes_gpu",
         ),
     )

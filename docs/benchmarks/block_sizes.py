@@ -3,7 +3,7 @@
     python docs/benchmarks/block_sizes.py reports/*.json
 
 writes ``block-sizes.json`` beside this file, the tables into the document between its markers, and the
-pictures into ``docs/images``.
+pictures into ``docs/images``. Kernel times are those of the files ``block-sizes-gpu-*.json`` beside this one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from pagedgen.autotune.explore import compare
@@ -21,6 +22,7 @@ from pagedgen.autotune.explore.compare import gain, score
 from pagedgen.autotune.explore.outcome import Outcome
 from pagedgen.autotune.explore.plots import COLOURS, png
 from pagedgen.autotune.explore.report import Report, Server, TraceReport
+from pagedgen.autotune.explore.timings import KernelTiming, KernelTimings
 from pagedgen.autotune.suites.fragmentation import PAPER
 from pagedgen.values import codec
 
@@ -36,6 +38,7 @@ KEPT = (
 SIZES = ("1", "8", "16", "32", "64", "128", "256")
 
 Row = tuple[Server, TraceReport]
+Times = Mapping[tuple[str, float], Sequence[float]]  # (block size, run coverage) -> µs, a batch each
 
 
 def fixed(trace: TraceReport) -> list[Outcome]:
@@ -192,6 +195,98 @@ def verdicts(rows: Sequence[Row]) -> str:
     return markdown(head, (list(cells(*row)) for row in rows if row[1].verdicts))
 
 
+def kernel_files() -> list[KernelTimings]:
+    """What the suite measured, by the name of the target."""
+    return [KernelTimings.load(path) for path in sorted(HERE.glob("block-sizes-gpu-*.json"))]
+
+
+def kernel_name(row: KernelTiming) -> str:
+    """``decode, head_dim 128, 32/8 heads, fp16``"""
+    spec = row.spec
+    kv = "fp8" if spec.kv_dtype.is_fp8 else "fp16"
+    heads = f"{spec.num_q_heads}/{spec.num_kv_heads} heads"
+    return f"{spec.op.value}, head_dim {spec.head_dim}, {heads}, {kv}"
+
+
+def kernels_of(file: KernelTimings) -> dict[str, Times]:
+    """Times of every kernel of a file, by :func:`kernel_name`; batches in the same order in every list."""
+    found: dict[str, dict[tuple[str, float], list[float]]] = {}
+    for row in sorted(file.rows, key=lambda row: (row.spec.op, row.num_seqs, row.num_tokens)):
+        times = found.setdefault(kernel_name(row), {})
+        times.setdefault((str(row.spec.block_size), row.coverage), []).append(row.median_us)
+    return dict(found)
+
+
+def against_16(times: Times, size: str) -> float:
+    """Time at a block size over that at 16, behind tables with as few runs as a size can have."""
+    least = min(coverage for own, coverage in times if own == size)
+    ratios = [a / b for a, b in zip(times[size, least], times["16", 0.0], strict=True)]
+    return geometric_mean(ratios)
+
+
+def kernels() -> str:
+    """Kernel time against block size: % against 16, geometric mean over batches."""
+
+    def cells(target: str, name: str, times: Times) -> Iterator[str]:
+        yield f"{name}; {target}"
+        yield " / ".join(f"{us:,.0f}" for us in times["16", 0.0])
+        yield from (f"{100 * (against_16(times, size) - 1):+.1f}" for size in SIZES if size != "16")
+
+    head = ["kernel; GPU", "µs at 16, by batch", *(size for size in SIZES if size != "16")]
+    rows = (
+        list(cells(file.environment.target, name, times))
+        for file in kernel_files()
+        for name, times in kernels_of(file).items()
+    )
+    return markdown(head, rows)
+
+
+def coverage() -> str:
+    """Kernel time against run coverage: % against a table without runs, over blocks below 64 and batches."""
+
+    def cells(target: str, name: str, times: Times) -> Iterator[str]:
+        yield f"{name}; {target}"
+        for share in (0.5, 0.9, 1.0):
+            sizes = [size for size, known in times if known == share and (size, 0.0) in times]
+            pairs = (zip(times[size, share], times[size, 0.0], strict=True) for size in sizes)
+            ratios = [a / b for pair in pairs for a, b in pair]
+            low, high = 100 * (min(ratios) - 1), 100 * (max(ratios) - 1)
+            yield f"{100 * (geometric_mean(ratios) - 1):+.1f} ({low:+.1f} to {high:+.1f})"
+
+    rows = (
+        list(cells(file.environment.target, name, times))
+        for file in kernel_files()
+        for name, times in kernels_of(file).items()
+    )
+    return markdown(["kernel; GPU", "50% in runs", "90%", "100%"], rows)
+
+
+def kernels_figure() -> Any:
+    """Kernel time over block size, against 16: a panel an operator and GPU."""
+    from matplotlib.figure import Figure
+
+    files = kernel_files()
+    figure = Figure(figsize=(9.6, 0.4 + 3.2 * len(files)), layout="constrained")
+    panels = figure.subplots(len(files), 2, sharey=True, squeeze=False)
+    for row, file in zip(panels, files, strict=True):
+        for axes, op in zip(row, ("decode", "extend"), strict=True):
+            own = {name: times for name, times in kernels_of(file).items() if name.startswith(op)}
+            for i, (name, times) in enumerate(own.items()):
+                values = [100 * (against_16(times, size) - 1) for size in SIZES]
+                label = name.removeprefix(f"{op}, ")
+                axes.plot(values, marker="o", markersize=3, color=COLOURS[i], label=label)
+            axes.set_xticks(range(len(SIZES)), SIZES)
+            axes.set_title(f"{op}, {file.environment.target}", fontsize=9, loc="left")
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("kernel time, % against blocks of 16")
+    for axes in panels[-1]:
+        axes.set_xlabel("block size, tokens")
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=7, frameon=False, loc="outside lower center", ncols=3)
+    return figure
+
+
 def lines_figure(rows: Sequence[Row], relative: bool) -> Any:
     """Waste, or speed against the best size, over block sizes: a line a trace, a panel a model on the first
     target."""
@@ -218,7 +313,7 @@ def lines_figure(rows: Sequence[Row], relative: bool) -> Any:
         axes.set_title(place, fontsize=9, loc="left")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    note = " (predicted)" if rows[0][1].outcomes[0].kernel_status == "predicted" else ""
+    note = " (kernels predicted)" if rows[0][1].outcomes[0].kernel_status == "predicted" else ""
     panels[0].set_ylabel(
         f"tokens/s, % off the best{note}" if relative else "empty inside blocks, % of the pool"
     )
@@ -289,9 +384,11 @@ def main(paths: Sequence[str]) -> None:
         ("speed", speed(rows)),
         ("figure 2", figure_2(rows)),
         ("verdicts", verdicts(rows)),
+        ("kernels", kernels()),
+        ("coverage", coverage()),
     ):
         marks = f"<!-- {name} -->\n", "\n<!-- end -->"
-        pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
+        pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1].strip())
         text, count = re.subn(pattern, lambda _, t=table, m=marks: m[0] + t + m[1], text, flags=re.S)
         if count != 1:
             raise SystemExit(f"{DOCUMENT}: no place for the table {name!r}")
@@ -302,6 +399,7 @@ def main(paths: Sequence[str]) -> None:
         ("throughput", lines_figure(rows, relative=True)),
         ("figure-2", shares_figure(rows)),
         ("adaptive", gains_figure(rows)),
+        ("kernels", kernels_figure()),
     ):
         (IMAGES / f"block-sizes-{name}.png").write_bytes(png(figure))
 

@@ -16,6 +16,7 @@ from pagedgen.compiler.binary import Binary, Source
 from pagedgen.errors import CompileError, ToolMissing
 from pagedgen.templates.triton.decode import kv_align
 from pagedgen.values.record import Resources
+from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec
 
 # FP8 is handled as bytes.
@@ -84,6 +85,14 @@ def alignment_of(spec: KernelSpec, name: str) -> int:
     return 1
 
 
+def options_of(schedule: Schedule) -> dict[str, int]:
+    """Triton's options for a schedule."""
+    options = {"num_warps": schedule.int("num_warps"), "num_stages": schedule.int("num_stages")}
+    if max_regs := dict(schedule.choices).get("max_regs"):
+        options["maxnreg"] = int(max_regs)
+    return options
+
+
 def load_source(text: str, folder: Path) -> ModuleType:
     """Import rendered source from a file, which Triton reads back through ``inspect``."""
     name = "pagedgen_kernel_" + hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -123,14 +132,11 @@ def compile_triton(source: Source) -> Binary:
             if target.kind == "hip"
             else GPUTarget("cuda", target.capability, 32)
         )
-        options = {"num_warps": schedule.int("num_warps"), "num_stages": schedule.int("num_stages")}
-        if max_regs := dict(schedule.choices).get("max_regs"):
-            options["maxnreg"] = int(max_regs)
         try:
             kernel = triton.compile(
                 ASTSource(fn=function, signature=signature_of(spec, names), constexprs={}, attrs=attributes),
                 target=gpu,
-                options=options,
+                options=options_of(schedule),
             )
         except Exception as error:  # Triton raises many kinds, all meaning "not this candidate"
             raise CompileError(f"{schedule.name}: {_last_lines(str(error))}") from error

@@ -55,10 +55,10 @@ def test_captured_writes_take_padding_and_new_slots() -> None:
     cache = KVCache(KVShape(1, 2, 64, 16, DType.F16), 8, "cuda")
     k = torch.ones(4, 2, 64, dtype=torch.float16, device="cuda")
     slots = torch.tensor([0, -1, 17, 33], device="cuda")
-    ops.write_kv(cache, 0, k, k, slots)
+    ops.store_kv(cache, 0, k, k, slots)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.write_kv(cache, 0, k, k, slots)
+        ops.store_kv(cache, 0, k, k, slots)
     cache.storage.zero_()
     slots.copy_(torch.tensor([-1, 5, -1, 127], device="cuda"))
     graph.replay()

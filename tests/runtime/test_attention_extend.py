@@ -227,7 +227,7 @@ def test_a_cache_writes_through_the_packs_kernel(pack_of, make_spec, layout, kv)
     slots = torch.tensor([3, -1, 17, 79, 0, -1])
 
     def step(cache, k, v, slots):
-        ops.write_kv(cache, 1, k, v, slots)
+        ops.store_kv(cache, 1, k, v, slots)
 
     plain.write_kv(1, k, v, slots)
     caches[0].write_kv(1, k, v, slots)
@@ -239,6 +239,38 @@ def test_a_cache_writes_through_the_packs_kernel(pack_of, make_spec, layout, kv)
     caches[0].write_kv(0, k.float(), v.float(), slots)  # a type that the pack has no kernel for
     plain.write_kv(0, k.float(), v.float(), slots)
     assert calls == [-1] * 3 and torch.equal(caches[0].storage[:, :, :5], plain.storage[:, :, :5])
+
+
+def test_write_kv_to_pools_compiles_into_one_graph(pack_of, make_spec):
+    """A pack of two writers, over pools that are views of one tensor: each operator is bound to one."""
+    narrow, wide = (make_spec(64, (heads, heads), 16, op="write_kv") for heads in (2, 4))
+    attention = pack_of(narrow, wide)
+
+    def call(new_k, new_v, slots, k, v, k_scale, v_scale, variant):
+        assert variant == -1
+        for pool, new in ((k, new_k), (v, new_v)):
+            pool[slots // 16, slots % 16] = new
+
+    attention.kernel(wide).call = call
+    write = ops.bind_write_kv(attention, wide)
+
+    def step(new, slots, both):
+        write(new + 1, new, slots, both[..., :64], both[..., 64:])
+        return both.sum()
+
+    new, slots = torch.randn(3, 4, 64, dtype=torch.float16), torch.tensor([5, 70, 0])
+    pools = [torch.zeros(5, 16, 4, 128, dtype=torch.float16) for _ in range(2)]
+    sums = (
+        step(new, slots, pools[0]),
+        torch.compile(step, fullgraph=True, backend="aot_eager")(new, slots, pools[1]),
+    )
+    assert torch.equal(pools[0], pools[1]) and torch.equal(*sums)
+    assert torch.equal(pools[0].flatten(0, 1)[70], torch.cat([new[1] + 1, new[1]], -1))
+    arguments = (attention.number, new, new, slots, pools[0][..., :64], pools[0][..., 64:])
+    torch.library.opcheck(
+        torch.ops.pagedgen.write_kv.default, arguments, {"spec": wide.name},
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
 
 
 def test_write_kv_goes_to_its_library(pack_of, make_spec):

@@ -81,6 +81,17 @@ def test_the_default_compiles_with_no_gpu_and_hardly_spills(request, make_spec, 
     assert ("wgmma" in ptx) == (arch == "h100")
 
 
+def test_offsets_of_rows_do_not_depend_on_where_a_tile_lies_in_its_block(make_spec, h100):
+    """``tokens * k_token`` is the same for every tile: the compiler moves it out of the loop."""
+    spec = make_spec(op="extend", block_size=256)
+    schedule = default_schedule(spec, h100)
+    assert (schedule["ids"], schedule.int("tile")) == ("scalar", 64)
+    text = render(spec, h100, schedule).text
+    for name in ("k", "v"):
+        begin = f"ids.to(tl.int64) * {name}_block + pos % 256 * {name}_token"
+        assert text.count(f"{name}_rows = ({begin}) + tokens * {name}_token") == 2  # masked or not
+
+
 def test_costs_follow_the_work(make_spec, h100):
     spec = make_spec(op="extend")
     schedule = default_schedule(spec, h100)

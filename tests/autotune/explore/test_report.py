@@ -157,6 +157,7 @@ def test_the_document_is_made_from_reports(report, tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     text = module.DOCUMENT.read_text(encoding="utf-8")
     (tmp_path / "document.md").write_text(text, encoding="utf-8")
+    shutil.copy(SAMPLES, tmp_path)
     for name, place in (
         ("HERE", tmp_path),
         ("DOCUMENT", tmp_path / "document.md"),
@@ -166,14 +167,14 @@ def test_the_document_is_made_from_reports(report, tmp_path, monkeypatch):
     (tmp_path / "report.json").write_text(codec.dumps(report), encoding="utf-8")
     module.main([str(tmp_path / "report.json")])
     made = (tmp_path / "document.md").read_text(encoding="utf-8")
-    assert (
-        "| sample-trace; 2 GiB | " in made and made.count("<!-- end -->") == text.count("<!-- end -->") == 5
-    )
+    assert made.count("<!-- end -->") == text.count("<!-- end -->") == 7
+    assert "| sample-trace; 2 GiB | " in made
+    assert made.count("| decode, head_dim 128, 32/8 heads, fp8; h100-sxm | ") == 2  # block size, runs
     data = json.loads((tmp_path / "block-sizes.json").read_text(encoding="utf-8"))
     assert [len(entry["outcomes"]) for entry in data["entries"]] == [9, 9]
     assert all(len(row) == len(data["columns"]) for entry in data["entries"] for row in entry["outcomes"])
     assert data["entries"][0]["command"] == "pagedgen explore"
-    assert len(list((tmp_path / "images").glob("*.png"))) == 4
+    assert len(list((tmp_path / "images").glob("*.png"))) == 5
 
 
 class Images(HTMLParser):
