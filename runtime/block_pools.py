@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pagedgen.errors import ArgumentError
+from pagedgen.runtime.arrays import I64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,8 +19,8 @@ class BlockPools:
 
     Attributes:
         tensors: the pools, kept so that their memory is; see :meth:`of`.
-        table: int64 ``[num_pools, 3]`` on the device: a pool's address, bytes from one block to the next, bytes
-            of a page, which is a block's part of one pool.
+        table: int64 ``[num_pools, 3]`` on the device: where a pool begins, in bytes from the first pool's
+            address; bytes from one block to the next; bytes of a page, a block's part of one pool.
         pages: bytes of each pool's pages.
         num_blocks: of the smallest pool.
         align: bytes that all of it is a multiple of, 16 at most.
@@ -30,14 +32,19 @@ class BlockPools:
     num_blocks: int
     align: int
 
+    @property
+    def origin(self) -> int:
+        """The address that the table counts from."""
+        return self.tensors[0].data_ptr()
+
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], device: torch.device | str | None = None) -> BlockPools:
         """A table of pools, uploaded once: make it when the pools are made, and keep it.
 
         Args:
-            tensors: each ``[num_blocks, …]`` with a block's elements in one piece, in any order; blocks may lie
-                further apart, as those of K do in a pool that holds K and V. All on one device, or in pinned
-                memory, which kernels reach too.
+            tensors: each ``[num_blocks, …]`` with a block's elements in one piece, in any order; blocks may
+                lie further apart, as those of K do in a pool that holds K and V. All on one device, or in
+                pinned memory, which kernels reach too.
             device: where the table is to be; where the tensors are if not given.
 
         Raises:
@@ -50,18 +57,46 @@ class BlockPools:
         for i, pool in enumerate(tensors):
             if pool.ndim < 2 or not _in_one_piece(pool):
                 raise ArgumentError(
-                    f"pools[{i}]: shape {list(pool.shape)}, strides {list(pool.stride())}: [num_blocks, …] with "
-                    "each block in one piece is expected"
+                    f"pools[{i}]: shape {list(pool.shape)}, strides {list(pool.stride())}: "
+                    "[num_blocks, …] with each block in one piece is expected"
                 )
             if pool.device != home and not (pool.device.type == "cpu" and pool.is_pinned()):
-                raise ArgumentError(f"pools[{i}].device = {pool.device}: {home} is expected, or pinned memory")
+                raise ArgumentError(
+                    f"pools[{i}].device = {pool.device}: {home} is expected, or pinned memory"
+                )
             size = pool.element_size()
-            rows.append((pool.data_ptr(), pool.stride(0) * size, pool[0].numel() * size))
-        table = torch.tensor(rows, dtype=torch.int64)
-        pages = tuple(page for _, _, page in rows)
+            rows.append(
+                (pool.data_ptr() - tensors[0].data_ptr(), pool.stride(0) * size, pool[0].numel() * size)
+            )
         num_blocks = min(pool.shape[0] for pool in tensors)
-        align = math.gcd(16, *(number for row in rows for number in row))
-        return cls(tuple(tensors), table.to(home), pages, num_blocks, align)
+        return cls._made(tuple(tensors), np.array(rows, np.int64), num_blocks, home)
+
+    @classmethod
+    def stacked(cls, pools: torch.Tensor, device: torch.device | str | None = None) -> BlockPools:
+        """As :meth:`of` for one tensor ``[num_pools, num_blocks, page]``, pages in one piece; unchecked."""
+        size = pools.element_size()
+        rows = np.empty((pools.shape[0], 3), np.int64)
+        rows[:, 0] = np.arange(pools.shape[0]) * pools.stride(0) * size
+        rows[:, 1:] = pools.stride(1) * size, pools.shape[2] * size
+        return cls._made(
+            (pools,), rows, pools.shape[1], torch.device(pools.device if device is None else device)
+        )
+
+    @classmethod
+    def _made(
+        cls, tensors: tuple[torch.Tensor, ...], rows: I64, num_blocks: int, home: torch.device
+    ) -> BlockPools:
+        pages = tuple(rows[:, 2].tolist())
+        align = int(np.gcd.reduce(rows, axis=None, initial=math.gcd(16, tensors[0].data_ptr())))
+        return cls(tensors, upload(rows, home), pages, num_blocks, align)
+
+
+def upload(numbers: I64, device: torch.device) -> torch.Tensor:
+    """Numbers on a device; a GPU takes them from pinned memory, so that nobody waits."""
+    numbers_here = torch.from_numpy(np.ascontiguousarray(numbers, np.int64))
+    if device.type == "cuda":
+        return numbers_here.pin_memory().to(device, non_blocking=True)
+    return numbers_here
 
 
 def _in_one_piece(pool: torch.Tensor) -> bool:

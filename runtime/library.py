@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     ]
     CopyBlocks = Callable[
         [
+            int,  # src_origin
+            int,  # dst_origin
             torch.Tensor,  # src
             torch.Tensor,  # dst
             torch.Tensor,  # pairs
@@ -86,7 +88,7 @@ class Library:
 
     - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant)``
     - ``gather(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, variant)``
-    - ``copy_blocks(src, dst, pairs, page_bytes, variant)``
+    - ``copy_blocks(src_origin, dst_origin, src, dst, pairs, page_bytes, variant)``
 
     which is the library's own, with nothing in between.
 

@@ -29,7 +29,7 @@ POINTER_TYPES = {
 }
 ALIGNED_POINTERS = (
     *("q_ptr", "out_ptr", "partial_ptr", "partial_lse_ptr"),
-    *("new_k_ptr", "new_v_ptr", "out_k_ptr", "out_v_ptr", "origin_ptr"),
+    *("new_k_ptr", "new_v_ptr", "out_k_ptr", "out_v_ptr", "src_origin_ptr", "dst_origin_ptr"),
 )
 
 
@@ -49,7 +49,8 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "out_k_ptr": POINTER_TYPES[spec.q_dtype],
         "out_v_ptr": POINTER_TYPES[spec.q_dtype],
         "slot_mapping_ptr": "*i64",
-        "origin_ptr": "*i32",
+        "src_origin_ptr": "*i32",
+        "dst_origin_ptr": "*i32",
         "src_ptr": "*i64",
         "dst_ptr": "*i64",
         "pairs_ptr": "*i64",
@@ -78,7 +79,9 @@ def alignment_of(spec: KernelSpec, name: str) -> int:
         return kv_align(spec)
     if name.startswith(("k_stride", "v_stride")):
         return kv_align(spec) // spec.kv_dtype.size
-    if name.startswith(("q_stride", "out_stride", "new_k_stride", "new_v_stride", "out_k_stride", "out_v_stride")):
+    if name.startswith(
+        ("q_stride", "out_stride", "new_k_stride", "new_v_stride", "out_k_stride", "out_v_stride")
+    ):
         return 8  # head_dim is a multiple of 8
     if name in ALIGNED_POINTERS:
         return 16

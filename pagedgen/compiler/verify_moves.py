@@ -88,7 +88,11 @@ class GatherCase:
             self.scales = [(torch.rand(size, generator=make) + 0.5).to(device) for _ in range(2)]
         wide = torch.full((count, 3 * heads, dim), 0x7F, dtype=torch.uint8, device=device)
         out = TORCH_DTYPES[spec.q_dtype]
-        both = wide.view(out) if out.itemsize == 1 else torch.full(wide.shape, float("nan"), device=device).to(out)
+        both = (
+            wide.view(out)
+            if out.itemsize == 1
+            else torch.full(wide.shape, float("nan"), device=device).to(out)
+        )
         self.outs = [both[:, heads : 2 * heads], both[:, 2 * heads :]]
         kept = self.slots >= 0
         blocks = self.slots[kept] // spec.block_size
@@ -157,7 +161,15 @@ class CopyCase:
 
     def call(self, callee: Any, variant: int) -> None:
         """Call the operator."""
-        callee.copy_blocks(self.src.table, self.dst.table, self.pairs, max(self.src.pages), variant)
+        callee.copy_blocks(
+            self.src.origin,
+            self.dst.origin,
+            self.src.table,
+            self.dst.table,
+            self.pairs,
+            max(self.src.pages),
+            variant,
+        )
 
     def judge(self) -> str:
         """What is wrong, or nothing."""

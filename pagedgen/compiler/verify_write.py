@@ -1,4 +1,4 @@
-"""A case of write_kv's gate: every byte of the pool is what torch's own clamp, cast and scatter leave there."""
+"""A case of write_kv's gate: every byte of the pool is what torch's clamp, cast and scatter leave there."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ class WriteCase:
 
     def call(self, callee: Any, variant: int) -> None:
         """Call the operator."""
-        callee.write_kv(self.new_k, self.new_v, self.slots, self.k, self.v, self.k_scale, self.v_scale, variant)
+        callee.write_kv(
+            self.new_k, self.new_v, self.slots, self.k, self.v, self.k_scale, self.v_scale, variant
+        )
 
     def judge(self) -> str:
         """Why the pools are wrong, or nothing."""

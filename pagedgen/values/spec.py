@@ -117,10 +117,10 @@ class KernelSpec:
     ``head_dim`` itself, which becomes None: all have ``head_dim``.
 
     ``write_kv`` stores new K and V, ``[num_tokens, num_kv_heads, head_dim]`` in ``q_dtype``, and has no query
-    heads: ``num_q_heads`` is ``num_kv_heads``, and masks and an LSE are refused. The same holds for ``gather``,
-    its inverse, and ``copy_blocks``. Where they leave K and V as they are stored, fp8 included, ``q_dtype`` is
-    ``kv_dtype`` and ``kv_scale`` none: always for ``copy_blocks``; for ``gather`` from an fp8 pool the other
-    choice is a wider ``q_dtype`` and a scale, which values are multiplied with.
+    heads: ``num_q_heads`` is ``num_kv_heads``, and masks and an LSE are refused. The same holds for
+    ``gather``, its inverse, and ``copy_blocks``. Where they leave K and V as they are stored, fp8 included,
+    ``q_dtype`` is ``kv_dtype`` and ``kv_scale`` none: always for ``copy_blocks``; for ``gather`` from an fp8
+    pool the other choice is a wider ``q_dtype`` and a scale, which values are multiplied with.
 
     Masks and modifiers, any of them together where nothing else is said:
 

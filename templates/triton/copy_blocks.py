@@ -52,7 +52,12 @@ class TritonCopyBlocks(Family):
 
         s = sympy.Symbol
         return (
-            Cost("bytes", "B", 2 * s("block_bytes") * s("num_blocks"), "K and V of each block, read and written"),
+            Cost(
+                "bytes",
+                "B",
+                2 * s("block_bytes") * s("num_blocks"),
+                "K and V of each block, read and written",
+            ),
             Cost(
                 "time_us",
                 "µs",

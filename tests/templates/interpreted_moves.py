@@ -40,11 +40,14 @@ class Interpreted:
 
     gather = write_kv
 
-    def copy_blocks(self, src, dst, pairs, page_bytes, variant):
-        origin = torch.zeros(4, dtype=torch.int32)  # the interpreter takes no null pointer: addresses from here
-        src, dst = (t - torch.tensor([origin.data_ptr(), 0, 0]) for t in (src, dst))
+    def copy_blocks(self, src_origin, dst_origin, src, dst, pairs, page_bytes, variant):
+        here = torch.zeros(4, dtype=torch.int32)  # the interpreter takes no bare address: all count from this
+        src, dst = (
+            table + torch.tensor([origin - here.data_ptr(), 0, 0])
+            for table, origin in ((src, src_origin), (dst, dst_origin))
+        )
         chunks = -(-page_bytes // (self.tile_m * self.spec.page_align))
-        self.kernel[(len(pairs) * len(src) * chunks,)](origin, src, dst, pairs, len(src), chunks)
+        self.kernel[(len(pairs) * len(src) * chunks,)](here, here, src, dst, pairs, len(src), chunks)
 
 
 def main() -> int:

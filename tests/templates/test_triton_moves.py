@@ -1,4 +1,4 @@
-"""Templates that move K and V: the gate through Triton's interpreter, and compiled for named architectures."""
+"""Templates that move K and V: the gate through Triton's interpreter, and compiled for architectures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_interpreted_kernels_pass_the_gate():
 
 @pytest.mark.parametrize("arch", ["a100", "h100"])
 @pytest.mark.parametrize(
-    "args", [{**WRITE, "kv": "bf16"}, {**WRITE, "kv": "fp8_e4m3"}, {**GATHER, "kv": "fp8_e5m2"}, COPY], ids=str
+    "args",
+    [{**WRITE, "kv": "bf16"}, {**WRITE, "kv": "fp8_e4m3"}, {**GATHER, "kv": "fp8_e5m2"}, COPY],
+    ids=str,
 )
 def test_compiles_to_16_byte_moves(request, make_spec, arch, args):
     """FP8 by integers alone, so that GPUs without the conversion have it too."""
