@@ -90,7 +90,7 @@ def _arguments(source: Source) -> list[str]:
 
 def _symbol(source: Source) -> str:
     if source.target.kind == "cpu":
-        from pagedgen.templates.tvm.decode import symbol_of
+        from pagedgen.templates.tvm.vectors import symbol_of
 
         return symbol_of(source.spec, source.schedule)
     return f"paged_{source.spec.op}"

@@ -1,4 +1,4 @@
-"""Kernels that move K and V on a real GPU: formats, scales and shapes through the gate, eager and captured."""
+"""Kernels that move K and V on a real GPU: formats, scales and shapes through the gate, and a cache."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_kernels_pass_the_gate(tmp_path, spec):
 
 @pytest.mark.parametrize("layout", list(KVLayout))
 def test_a_cache_with_kernels_holds_what_one_without_holds(pack_of, layout):
-    """Copies, swaps that overlap with later writes, gathers; pairs of a captured copy change between replays."""
+    """Copies, swaps that overlap with later writes, gathers; a captured copy, replayed with other pairs."""
     pack = pack_of(
         KernelSpec(Op.COPY_BLOCKS, 128, 8, 8, 16, E4M3, E4M3),
         KernelSpec(Op.GATHER, 128, 8, 8, 16, BF16, E4M3, KVScale.HEAD, layout.k_inner)
