@@ -134,15 +134,15 @@ class Calibration:
         return cls(factors, residuals, unmeasured)
 
     @classmethod
-    def for_absent(cls, entries: Iterable[Entry], target: Target, template: str) -> Calibration:
-        """From what other targets of the kind measured with this template, the likest of them alone.
+    def for_absent(cls, entries: Iterable[Entry], target: Target) -> Calibration:
+        """From what other targets of the kind measured, the likest of them alone.
 
         Likest: of the same architecture, then the one with the most records. Nothing is calibrated where
         there are none.
         """
         sources: dict[str, list[Record]] = {}
         for entry in entries:
-            rows = [r for r in entry.records if r.status is Status.MEASURED and r.stamp.template == template]
+            rows = [r for r in entry.records if r.status is Status.MEASURED]
             if rows and entry.target != target.name:
                 sources.setdefault(entry.target, []).extend(rows)
         known = {name: find_target(name) for name in sources if name in target_names()}

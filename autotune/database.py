@@ -3,16 +3,17 @@
 ``cache/README.md`` describes the file. Reading needs no lock and no write permission: files are replaced
 whole. Writing takes the folder's lock, merges with what is there, and replaces the file.
 
-A stored file fits this machine in one of three ways (:class:`Fit`). A file that definitely belongs to
-something else (another template, pagedgen major version, device or file format) is neither used nor
-overwritten: new records go beside it, into ``<spec>.<identity>.json``.
+A stored file fits this machine in one of three ways (:class:`Fit`), and each of its records is of a kernel
+that is rendered today as it was, or of one that no longer is (:meth:`Database.current`). What definitely
+belongs to something else (another kernel, pagedgen major version, device or file format) is neither used nor
+overwritten: new records go beside it, into ``<spec>.2.json``, ``<spec>.3.json`` and so on.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,15 +23,19 @@ from typing import Any
 from pagedgen.autotune.device import NONE, stamp_here
 from pagedgen.autotune.paths import locked, publish, user_cache
 from pagedgen.autotune.select import Selection
-from pagedgen.errors import InvalidValue, MalformedFile, RecordConflict
+from pagedgen.compiler.families import family_for
+from pagedgen.compiler.kernel_hash import kernel_hash
+from pagedgen.errors import DeviceMissing, InvalidValue, MalformedFile, UnknownTarget, Unsupported
 from pagedgen.values import codec
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
+from pagedgen.values.target_table import gpu_target
+from pagedgen.values.target_table import target as find_target
 from pagedgen.values.workload import Workload
 
-FORMAT = 1  # of the file; bumped when an older reader could misread it
+FORMAT = 2  # of the file; bumped when an older reader could misread it
 
 
 class Fit(StrEnum):
@@ -38,12 +43,12 @@ class Fit(StrEnum):
 
     EXACT = "exact"  # same versions, same device: as good as measured now
     NEAR = "near"  # another compiler or driver, or a prediction: used, and tuned anew when asked to tune
-    FOREIGN = "foreign"  # another template, major version or device: neither used nor overwritten
+    FOREIGN = "foreign"  # another major version or device: neither used nor overwritten
 
 
 def fit(stored: Stamp, here: Stamp) -> Fit:
     """Compare stamps. A device of ``none`` (a prediction, or no such device here) rules nothing out."""
-    if stored.template != here.template or _major(stored) != _major(here):
+    if _major(stored) != _major(here):
         return Fit.FOREIGN
     if NONE not in (stored.device, here.device) and stored.device != here.device:
         return Fit.FOREIGN
@@ -99,13 +104,43 @@ class Entry:
         return replace(newer, records=tuple(records.values()), selection=old_choice if keep else new_choice)
 
 
+def kernel_now(spec: KernelSpec, target: str, schedule: Schedule) -> str | None:
+    """The hash of the kernel rendered today for a schedule; None when it cannot be rendered any more."""
+    try:
+        where = _target(target)
+        family = family_for(spec, where)
+    except (Unsupported, UnknownTarget):
+        return None
+    fields = {field.name: field.values for field in family.fields(spec, where)}
+    choices = dict(schedule.choices)
+    if schedule.template != family.name or fields.keys() != choices.keys():
+        return None
+    if any(choices[name] not in values for name, values in fields.items()):
+        return None
+    return kernel_hash(spec, where, schedule)
+
+
+def _target(name: str) -> Target:
+    """The target of that name: of the table, or this machine's GPU where the table has no such card."""
+    try:
+        return find_target(name)
+    except UnknownTarget:
+        try:
+            here = gpu_target()
+        except (DeviceMissing, ImportError):
+            here = None
+        if here is None or here.name != name:
+            raise
+        return here
+
+
 def _key(record: Record) -> tuple[tuple[int, ...], Schedule]:
     return record.workload.seq_lens, record.schedule
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An entry, the file it came from, and how it fits."""
+    """What a file holds that is current, the file, and how it fits."""
 
     entry: Entry
     path: Path
@@ -116,21 +151,43 @@ class Database:
     """Records in the user cache, over those that ship with the package.
 
     ``user`` and ``shipped`` are folders that hold ``<target>/<spec.name>.json``; they need not exist.
+    ``kernel`` says what is rendered today for a spec, a target's name and a schedule.
 
     >>> database = Database()
     >>> found = database.find(spec, "h100-sxm", stamp)
     >>> found.entry.selection.pick(num_seqs=32, max_seq_len=8192)  # doctest: +SKIP
     """
 
-    def __init__(self, user: Path | None = None, shipped: Path | None = None) -> None:
+    def __init__(
+        self,
+        user: Path | None = None,
+        shipped: Path | None = None,
+        kernel: Callable[[KernelSpec, str, Schedule], str | None] = kernel_now,
+    ) -> None:
         from pagedgen.cache import SHIPPED
 
         self.user = user if user is not None else user_cache() / "records"
         self.shipped = shipped if shipped is not None else SHIPPED
+        self.kernel = kernel
+
+    def current(self, entry: Entry) -> Entry | None:
+        """The records whose kernels are rendered today as they were when recorded, None where there are none.
+
+        The selection goes with them while all its variants are among them.
+        """
+        now = {s: self.kernel(entry.spec, entry.target, s) for s in {r.schedule for r in entry.records}}
+        kept = tuple(r for r in entry.records if r.kernel == now[r.schedule])
+        if len(kept) == len(entry.records):
+            return entry
+        if not kept:
+            return None
+        known, selection = {r.schedule for r in kept}, entry.selection
+        whole = selection is not None and known.issuperset(selection.variants)
+        return replace(entry, records=kept, selection=selection if whole else None)
 
     def find(self, spec: KernelSpec, target: str, here: Stamp) -> Found | None:
-        """The entry that holds for ``here``: the user's before the shipped one, a measured selection before a
-        predicted one, an exact fit before a near one.
+        """The entry that holds for ``here``, of kernels rendered today: a measured selection before a
+        predicted one, an exact fit before a near one, the user's before the shipped one, then the newest.
 
         Raises:
             MalformedFile: a file is damaged, or is not what its name says.
@@ -138,7 +195,7 @@ class Database:
         best: Found | None = None
         for path in self.files(spec, target):
             found = self._open(path, spec, target, here)
-            if found is not None and (best is None or _rank(found) > _rank(best)):
+            if found is not None and (best is None or self._rank(found) > self._rank(best)):
                 best = found
         return best
 
@@ -152,27 +209,23 @@ class Database:
         Raises:
             CacheUnwritable: read-only folder, full disk.
             MalformedFile: the file there is damaged; it is left as it is.
-            RecordConflict: both names are taken by files that belong to something else.
         """
         folder, here = self.user / entry.target, entry.stamp
         with locked(folder):
-            primary = folder / f"{entry.spec.name}.json"
-            beside = folder / f"{entry.spec.name}.{_identity(here)}.json"
-            for path in (primary, beside):
+            for number in itertools.count(1):
+                path = folder / _file_name(entry.spec.name, number)
                 if not path.exists():
                     merged = entry
                     break
                 found = self._open(path, entry.spec, entry.target, here)
-                if found is not None:
+                if found is not None and found.entry == read(path):  # every record of it is current
                     merged = found.entry.merged(entry)
                     break
-            else:
-                raise RecordConflict(f"{primary} and {beside} hold records of other versions or devices")
             publish(path, _dump(merged))
         return path
 
     def entries(self, target: str | None = None) -> Iterator[Found]:
-        """Every readable entry, the user's first, whatever its stamp (``fit`` is NEAR: it was not compared).
+        """Every readable entry, the user's first, whatever its stamp and kernels (nothing is compared).
 
         Raises:
             MalformedFile: a file is damaged.
@@ -184,24 +237,32 @@ class Database:
                     yield Found(entry, path, Fit.NEAR)
 
     def of_spec(self, spec: KernelSpec) -> Iterator[Entry]:
-        """What any target has of a spec, whatever its stamps; damaged files are passed over."""
+        """What any target has of a spec, of kernels rendered today, whatever the stamps; damaged files are
+        passed over."""
         for folder in (self.user, self.shipped):
             for place in sorted(folder.glob("*/")):
                 for path in _files(place, spec.name):
                     with suppress(MalformedFile):
                         entry = read(path)
-                        if entry is not None and entry.spec == spec:
-                            yield entry
+                        current = self.current(entry) if entry is not None and entry.spec == spec else None
+                        if current is not None:
+                            yield current
 
-    @staticmethod
-    def _open(path: Path, spec: KernelSpec, target: str, here: Stamp) -> Found | None:
+    def _open(self, path: Path, spec: KernelSpec, target: str, here: Stamp) -> Found | None:
         entry = read(path)
         if entry is None:
             return None
         if entry.spec != spec or entry.target != target:
             raise MalformedFile(path, "spec", f"about {entry.spec.name} on {entry.target}")
         how = fit(entry.stamp, here)
-        return None if how is Fit.FOREIGN else Found(entry, path, how)
+        current = self.current(entry) if how is not Fit.FOREIGN else None
+        return None if current is None else Found(current, path, how)
+
+    def _rank(self, found: Found) -> tuple[bool, bool, bool, bool, str]:
+        selection = found.entry.selection
+        measured = selection is not None and selection.status is Status.MEASURED
+        users = found.path.is_relative_to(self.user)
+        return measured, selection is not None, found.fit is Fit.EXACT, users, found.entry.stamp.date
 
 
 def recorded(spec: KernelSpec, target: Target, database: Database | None = None) -> Found | None:
@@ -214,19 +275,17 @@ def recorded(spec: KernelSpec, target: Target, database: Database | None = None)
     return (database or Database()).find(spec, target.name, stamp_here(spec, target))
 
 
-def _rank(found: Found) -> tuple[bool, bool, bool]:
-    selection = found.entry.selection
-    measured = selection is not None and selection.status is Status.MEASURED
-    return measured, selection is not None, found.fit is Fit.EXACT
+def _file_name(name: str, number: int) -> str:
+    return f"{name}.json" if number == 1 else f"{name}.{number}.json"
 
 
 def _files(folder: Path, name: str) -> list[Path]:
-    return [p for p in (folder / f"{name}.json", *sorted(folder.glob(f"{name}.*.json"))) if p.is_file()]
-
-
-def _identity(stamp: Stamp) -> str:
-    text = "\n".join((_major(stamp), stamp.template, stamp.device))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    numbers = sorted(
+        int(number)
+        for path in folder.glob(f"{name}.*.json")
+        if (number := path.name.removeprefix(f"{name}.").removesuffix(".json")).isdecimal()
+    )
+    return [p for n in (1, *numbers) if (p := folder / _file_name(name, n)).is_file()]
 
 
 # ---- the file ----
@@ -240,6 +299,7 @@ class _Row:
     workload: int  # index into workloads
     stamp: int  # index into stamps
     schedule: tuple[tuple[str, int | str], ...]
+    kernel: str
     predicted_us: float
     timing: Timing | None
     roofline_gbs: float
@@ -260,7 +320,7 @@ class _File:
 
 
 def read(path: Path) -> Entry | None:
-    """The entry in a file, or None when a newer pagedgen wrote it.
+    """The entry in a file, or None when its format is a newer pagedgen's or an older one's.
 
     Raises:
         MalformedFile: damaged; names the place.
@@ -271,7 +331,7 @@ def read(path: Path) -> Entry | None:
         raise MalformedFile(path, "JSON", str(error)) from error
     except OSError as error:
         raise MalformedFile(path, "file", error.strerror or str(error)) from error
-    if isinstance(data, dict) and type(data.get("format")) is int and data["format"] > FORMAT:
+    if isinstance(data, dict) and type(data.get("format")) is int and 0 < data["format"] != FORMAT:
         return None
     try:
         file = codec.decode(_File, data, "record file")
@@ -296,6 +356,7 @@ def _record(file: _File, row: _Row) -> Record:
         target=file.target,
         workload=file.workloads[row.workload],
         schedule=Schedule(file.template, row.schedule),
+        kernel=row.kernel,
         stamp=file.stamps[row.stamp],
         resources=row.resources,
         predicted_us=row.predicted_us,
@@ -314,6 +375,7 @@ def _dump(entry: Entry) -> bytes:
             workloads.index(r.workload),
             stamps.index(r.stamp),
             r.schedule.choices,
+            r.kernel,
             r.predicted_us,
             r.timing,
             r.roofline_gbs,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pagedgen
 from pagedgen.compiler.compile import compiler_version
-from pagedgen.compiler.families import family_for, template_hash
+from pagedgen.compiler.families import family_for
 from pagedgen.errors import DeviceMissing, Unsupported
 from pagedgen.runtime.machine import cpu_runs
 from pagedgen.values.record import Stamp
@@ -54,11 +54,11 @@ def device_of(target: Target) -> Device:
     return Device(torch.cuda.get_device_name(), f"driver {_gpu_driver()}", True)
 
 
-def stamp_of(target: Target, template: str, compiler: str, measured: bool) -> Stamp:
+def stamp_of(target: Target, compiler: str, measured: bool) -> Stamp:
     """The stamp of records made here and now; a prediction names no device."""
     device = device_of(target) if measured else ABSENT
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return Stamp(pagedgen.__version__, template, compiler, device.name, device.driver, date)
+    return Stamp(pagedgen.__version__, compiler, device.name, device.driver, date)
 
 
 def stamp_here(spec: KernelSpec, target: Target) -> Stamp:
@@ -68,8 +68,8 @@ def stamp_here(spec: KernelSpec, target: Target) -> Stamp:
         Unsupported: no template covers the spec on this target.
         ToolMissing: the target's compiler is not installed.
     """
-    template = template_hash(family_for(spec, target))
-    return stamp_of(target, template, compiler_version(target.kind), measured=device_of(target).present)
+    family_for(spec, target)
+    return stamp_of(target, compiler_version(target.kind), measured=device_of(target).present)
 
 
 @cache

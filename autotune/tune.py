@@ -40,10 +40,11 @@ from pagedgen.autotune.warm import guesses
 from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
 from pagedgen.compiler.compile import compiler_version
 from pagedgen.compiler.families import family_for, template_hash
+from pagedgen.compiler.kernel_hash import kernel_hash
 from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
-from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate, RecordConflict
+from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate
 from pagedgen.values.codec import content_hash
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Choice, Schedule
@@ -244,8 +245,7 @@ class _Run:
         self.spec, self.target, self.workloads, self.plan, self.seed = spec, target, workloads, plan, seed
         self.database, self.tell, self.present = database, progress, present
         self.space = feasible(spec, target)
-        template = template_hash(family_for(spec, target))
-        self.stamp: Stamp = stamp_of(target, template, compiler_version(target.kind), measured=present)
+        self.stamp: Stamp = stamp_of(target, compiler_version(target.kind), measured=present)
         self.found: Found | None = database.find(spec, target.name, self.stamp)
         self.searched = regimes(workloads)
         identity = self._identity()
@@ -268,7 +268,7 @@ class _Run:
         self.known = tuple(self._known())
         self.calibration = Calibration()  # a measured record's prediction is the model's own
         if not present:
-            self.calibration = Calibration.for_absent(database.of_spec(spec), target, template)
+            self.calibration = Calibration.for_absent(database.of_spec(spec), target)
         self._predictions: dict[tuple[Schedule, Workload], float] = {}
 
     def start(self, budget_s: float) -> None:
@@ -352,7 +352,7 @@ class _Run:
         return {
             "spec": self.spec.name,
             "target": self.target.name,
-            "template": self.stamp.template,
+            "template": template_hash(family_for(self.spec, self.target)),
             "compiler": self.stamp.compiler,
             "device": self.stamp.device,
             "workloads": content_hash(self.searched),
@@ -671,6 +671,7 @@ class _Run:
             target=self.target.name,
             workload=workload,
             schedule=schedule,
+            kernel=kernel_hash(self.spec, self.target, schedule),
             stamp=self.stamp,
             resources=binary.resources if binary else Resources(),
             predicted_us=self._predict(schedule, workload),
@@ -718,6 +719,7 @@ class _Run:
                 self.target.name,
                 workload,
                 schedule,
+                kernel_hash(self.spec, self.target, schedule),
                 self.stamp,
                 binary.resources,
                 self._predict(schedule, workload),
@@ -742,7 +744,7 @@ class _Run:
         try:
             entry = Entry(self.spec, self.target.name, tuple(records), selection)
             self.path = self.database.save(entry)
-        except (CacheUnwritable, RecordConflict) as error:
+        except CacheUnwritable as error:
             self.path = None
             if not self.warned:
                 self.tell(Warned(f"records are not kept: {error}"))

@@ -1,6 +1,6 @@
 """First guesses for a search: what was chosen for this spec before, for its neighbours, and on other devices.
 
-A choice made with another template, another version or on another device is worth nothing as a result, but
+A choice made of other kernels, with another version or on another device is worth nothing as a result, but
 what was fast there is the likeliest to be fast here.
 """
 

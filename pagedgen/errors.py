@@ -88,10 +88,6 @@ class DeviceMissing(PagedgenError):
     """The command needs a device that this machine does not have."""
 
 
-class RecordConflict(PagedgenError):
-    """A stored record was made by something else (other version, device, spec) and is not overwritten."""
-
-
 class CacheUnwritable(PagedgenError):
     """The user cache cannot be written (read-only folder, full disk): names the path and the cause."""
 

@@ -11,12 +11,20 @@ from pagedgen.compiler.build import Choice, build
 from pagedgen.compiler.compile import compile_source
 from pagedgen.compiler.families import family_for
 from pagedgen.compiler.render import render
+from pagedgen.compiler.space import near_default
 from pagedgen.runtime import machine
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Resources
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What tests/fuzz draws."""
+    group = parser.getgroup("pagedgen")
+    group.addoption("--fuzz-seed", type=int, default=0, help="seed of the draws of tests/fuzz")
+    group.addoption("--fuzz-share", type=int, default=1, help="how many times as many draws")
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +77,8 @@ def make_spec(
 ) -> KernelSpec:
     """A spec in one line, decode unless ``op`` says otherwise."""
     kv_dtype = DType(kv or q)
-    kv_scale = KVScale(scale) if kv_dtype.is_fp8 else KVScale.NONE
+    as_stored = op == "copy_blocks" or q == kv_dtype  # fp8 without a scale
+    kv_scale = KVScale(scale) if kv_dtype.is_fp8 and not as_stored else KVScale.NONE
     return KernelSpec(
         Op(op), head_dim, *heads, block_size, DType(q), kv_dtype, kv_scale, KInner(k_inner), lse, **masks
     )
@@ -123,7 +132,10 @@ def cpu_choice(cpu_target):
 
     def make(spec: KernelSpec) -> Choice:
         schedule = default_schedule(spec, cpu_target)
-        other = Schedule.of(schedule.template, **{**dict(schedule.choices), "ahead": 0})
+        if spec.op is Op.DECODE:
+            other = Schedule.of(schedule.template, **{**dict(schedule.choices), "ahead": 0})
+        else:
+            other = near_default(spec, cpu_target)[1]
         binaries = tuple(compile_source(render(spec, cpu_target, s)) for s in (schedule, other))
         return Choice(binaries, (Rule(4, 2**31 - 1, 0), Rule(2**31 - 1, 2**31 - 1, 1)), ())
 

@@ -51,7 +51,7 @@ def _nothing(spec: KernelSpec, target: Target, found: Found | None) -> str:
     if found is not None:
         why = f"tuning did not finish, {found.path} holds no selection; run pagedgen tune again"
     elif others:
-        why = f"{others[0]} is of another template, version or device; run pagedgen tune"
+        why = f"{others[0]} is of other kernels, another version or device; run pagedgen tune"
     else:
         why = "nothing is recorded; run pagedgen tune first"
     return f"{spec.name} on {target.name}: {why}"

@@ -121,7 +121,7 @@ def run(job: Job, *, schedule: str | None, workload: str, as_json: bool) -> None
 
 
 def _rank_errors(spec: KernelSpec, target: Target) -> tuple[RankError, ...]:
-    """Of the measured records that hold here: predictions of another template are another model's."""
+    """Of the measured records that hold here: predictions for other kernels may be another model's."""
     found = recorded(spec, target)
     return rank_errors(found.entry.records) if found is not None else ()
 

@@ -129,7 +129,7 @@ def _recorded(where: Target) -> list[Found]:
     for spec in dict.fromkeys(found.entry.spec for found in database.entries(where.name)):
         found = database.find(spec, where.name, stamp_here(spec, where))
         if found is None:
-            console.note(f"not checked: {spec.name}: records of another device, template or version")
+            console.note(f"not checked: {spec.name}: records of other kernels, another device or version")
         elif found.entry.selection is None or found.entry.selection.status is not Status.MEASURED:
             console.note(f"not checked: {spec.name}: nothing measured was chosen")
         else:

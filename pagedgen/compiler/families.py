@@ -21,11 +21,16 @@ MODULES = {
     ("cuda", Op.EXTEND): "pagedgen.templates.triton.extend",
     ("cuda", Op.VERIFY): "pagedgen.templates.triton.verify",
     ("cuda", Op.WRITE_KV): "pagedgen.templates.triton.write_kv",
+    ("cuda", Op.COPY_BLOCKS): "pagedgen.templates.triton.copy_blocks",
+    ("cuda", Op.GATHER): "pagedgen.templates.triton.gather",
     ("hip", Op.WRITE_KV): "pagedgen.templates.triton.write_kv",
+    ("hip", Op.COPY_BLOCKS): "pagedgen.templates.triton.copy_blocks",
+    ("hip", Op.GATHER): "pagedgen.templates.triton.gather",
     ("hip", Op.DECODE): "pagedgen.templates.triton.decode",
     ("hip", Op.EXTEND): "pagedgen.templates.triton.extend",
     ("hip", Op.VERIFY): "pagedgen.templates.triton.verify",
     ("cpu", Op.DECODE): "pagedgen.templates.tvm.decode",
+    ("cpu", Op.WRITE_KV): "pagedgen.templates.tvm.write_kv",
 }
 
 
@@ -64,9 +69,10 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
 def template_hash(family: Family) -> str:
     """First 12 hex digits of the SHA-256 over all that makes a kernel of the family what it is.
 
-    Records are stamped with it and compiled kernels are kept under it. The family's module counts, since it
-    decides what is rendered in; so do the compiler's options and the launcher, which on a CPU shares out the
-    work: an edit of any of them may change the kernel or its time.
+    The workers of a shared study agree on it and compiled kernels are kept under it: both are strict, since
+    an edit costs no more than compiling again. The family's module counts, since it decides what is rendered
+    in; so do the compiler's options and the launcher, which on a CPU shares out the work. Records say which
+    kernel they are of by ``kernel_hash`` instead.
     """
     digest = hashlib.sha256()
     module = Path(inspect.getfile(type(family)))

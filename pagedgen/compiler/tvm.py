@@ -13,7 +13,7 @@ from typing import Any
 
 from pagedgen.compiler.binary import Binary, Source
 from pagedgen.errors import CompileError, ToolMissing
-from pagedgen.templates.tvm.decode import symbol_of
+from pagedgen.templates.tvm.vectors import symbol_of
 from pagedgen.values.record import Resources
 
 
@@ -40,7 +40,7 @@ MACHINES = {
 def compile_tvm(source: Source) -> Binary:
     """Compile for ``source.target.arch``, whichever processor this is.
 
-    The object defines the C functions ``<symbol>_tiles`` and ``<symbol>_merge``.
+    The object defines C functions named ``<symbol>_…``, which the launcher of the operator calls.
 
     Raises:
         CompileError: TVM or LLVM refused it.

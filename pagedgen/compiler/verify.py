@@ -9,7 +9,7 @@ so that what a call leaves behind is tried too.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -20,7 +20,7 @@ import torch
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.record import Verdict
-from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op
 
 F32_WEIGHT = 4e-6
 EPS = {DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
@@ -243,6 +243,24 @@ def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Ten
     out = torch.full(inputs.out.shape, float("nan"), dtype=torch.float64, device=inputs.q.device)
     magnitude = out.clone()
     lse = out[..., 0].clone()
+    for run in runs_of(spec, inputs):
+        out[run.rows], lse[run.rows], magnitude[run.rows] = _attend(spec, inputs, run)
+    return out, lse, magnitude
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Queries of one sequence and all that they attend to."""
+
+    rows: slice  # of q and out
+    k: torch.Tensor  # float64 [tokens, num_kv_heads, head_dim], dequantised; 0 where no query of the run sees
+    v: torch.Tensor  # float64 [tokens, num_kv_heads, v_dim], likewise
+    visible: torch.Tensor  # bool [queries, tokens]
+    distance: torch.Tensor  # int64 [queries, tokens], a query's position less a token's
+
+
+def runs_of(spec: KernelSpec, inputs: Inputs) -> Iterator[Run]:
+    """All queries of a call, as many at a time as keep the scores below ``SCORES``."""
     lens: list[int] = inputs.seq_lens.tolist()
     for row, (first, end) in enumerate(query_ranges(spec, inputs)):
         length, new = lens[row], end - first
@@ -255,14 +273,14 @@ def reference(spec: KernelSpec, inputs: Inputs) -> tuple[torch.Tensor, torch.Ten
             rows = slice(start, min(start + at_once, end))
             position = length - end + torch.arange(rows.start, rows.stop, device=inputs.q.device)
             seen = torch.arange(length, device=inputs.q.device)[begin * spec.block_size :]
-            distance = position[:, None] - seen  # [queries, tokens]
             visible = _visible(spec, position, seen, is_causal(spec, inputs, row))
             if spec.tree_mask:
                 assert inputs.tree_mask is not None
                 visible = _tree_visible(inputs.tree_mask[rows], seen - (length - new), rows.start - first)
-            part = _attend(spec, inputs, inputs.q[rows], k, v, visible, distance)
-            out[rows], lse[rows], magnitude[rows] = part
-    return out, lse, magnitude
+            # What no query sees may be NaN; times a weight of 0 it would still be.
+            by_any = visible.any(0)[:, None, None]
+            seen_k, seen_v = torch.where(by_any, k, 0.0), torch.where(by_any, v, 0.0)
+            yield Run(rows, seen_k, seen_v, visible, position[:, None] - seen)
 
 
 def is_causal(spec: KernelSpec, inputs: Inputs, row: int) -> bool:
@@ -308,28 +326,18 @@ def _gather(
     return found[0], found[1]
 
 
-def _attend(
-    spec: KernelSpec,
-    inputs: Inputs,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor,
-    distance: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, lse and magnitude of n queries of a sequence; ``visible``, ``distance`` are ``[n, tokens]``."""
-    count, heads, group = q.shape[0], spec.num_kv_heads, spec.group_size
-    q = q.double().view(count, heads, group, spec.head_dim)
-    # What no query sees may be NaN; times a weight of 0 it would still be.
-    seen = visible.any(0)
-    k, v = (torch.where(seen[:, None, None], x, 0.0) for x in (k, v))
+def _attend(spec: KernelSpec, inputs: Inputs, run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, lse and magnitude of a run."""
+    heads, group = spec.num_kv_heads, spec.group_size
+    q = inputs.q[run.rows].double().view(-1, heads, group, spec.head_dim)
+    k, v = run.k, run.v
     scores = torch.einsum("nhgd,thd->nhgt", q, k) * inputs.softmax_scale
     if spec.logits_soft_cap is not None:
         scores = spec.logits_soft_cap * torch.tanh(scores / spec.logits_soft_cap)
     if inputs.alibi_slopes is not None:
         slopes = inputs.alibi_slopes.double().view(heads, group, 1)
-        scores = scores - slopes * distance.abs()[:, None, None, :]
-    scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
+        scores = scores - slopes * run.distance.abs()[:, None, None, :]
+    scores = scores.masked_fill(~run.visible[:, None, None, :], float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     if inputs.sinks is not None:
         lse = torch.logaddexp(lse, inputs.sinks.double().view(heads, group))
@@ -476,15 +484,15 @@ def gate(
 ) -> Verdict:
     """Try one variant on every case (:func:`cases_of` unless given), twice each on one workspace.
 
-    A write_kv kernel has cases of its own (:mod:`pagedgen.compiler.verify_write`).
+    Kernels that move K and V have cases of their own (:mod:`pagedgen.compiler.verify_moves`).
 
     ``wrap`` may turn a call into another way of making it (CUDA-graph capture and replay).
     """
     device = torch.device(device)
-    if spec.op is Op.WRITE_KV:
-        from pagedgen.compiler.verify_write import gate_write
+    if spec.op in MOVES:
+        from pagedgen.compiler.verify_moves import gate_move
 
-        return gate_write(callee, spec, variant, device, seed, wrap)
+        return gate_move(callee, spec, variant, device, seed, wrap)
     cases = cases_of(spec, seed) if cases is None else cases
     most = max(len(case.seq_lens) for case in cases)
     size = callee.workspace_bytes(most)

@@ -23,7 +23,6 @@ class Stamp:
     """The versions and the device behind a record; a mismatch makes it unusable here."""
 
     pagedgen: str
-    template: str  # content hash of the template and its shared pieces
     compiler: str  # "triton 3.7.1" or "tvm 0.27.0"
     device: str  # "NVIDIA H100 80GB HBM3", "AMD EPYC …", or "none" for a prediction
     driver: str  # CUDA driver version, kernel version for CPUs, or "none"
@@ -70,6 +69,9 @@ class Timing:
 class Record:
     """spec × target × workload × schedule → time, with its prediction beside it.
 
+    ``kernel`` is the hash of the rendered kernel and launcher that the time is of (``compiler.kernel_hash``):
+    a record of another than what is rendered now is not used.
+
     Raises:
         InvalidValue: a measured record without timing, roofline or a passed verdict.
     """
@@ -79,6 +81,7 @@ class Record:
     target: str
     workload: Workload
     schedule: Schedule
+    kernel: str
     stamp: Stamp
     resources: Resources
     predicted_us: float

@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from pagedgen.errors import Unsupported
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
+from pagedgen.templates.fp8 import FORMATS
 from pagedgen.templates.triton.decode import cdiv, next_power_of_two
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
-
-
-@dataclass(frozen=True, slots=True)
-class FP8:
-    """Numbers of an FP8 type beside float32's, as ``quantise.j2`` uses them."""
-
-    shift: int  # mantissa bits that float32 has more
-    bias: int  # by which float32's exponents are larger
-    most: int  # the largest value
-    magic: int  # 2^(23 - p), where 2^-p is the smallest subnormal
-
-    @property
-    def rebias(self) -> int:
-        """``bias`` at the exponent's place."""
-        return self.bias << 23
-
-    @property
-    def half(self) -> int:
-        """Just under half a unit of the last bit that stays; with that bit added, ties go to even."""
-        return (1 << (self.shift - 1)) - 1
-
-    @property
-    def least_normal(self) -> int:
-        """Bits of the smallest normal value, as a float32."""
-        return (self.bias + 1) << 23
-
-
-FORMATS = {DType.FP8_E4M3: FP8(20, 120, 448, 1 << 14), DType.FP8_E5M2: FP8(21, 112, 57344, 1 << 7)}
 
 
 class TritonWriteKV(Family):
@@ -48,7 +20,7 @@ class TritonWriteKV(Family):
     name = "triton-write-kv"
     kind = "cuda"
     source = TEMPLATES / "triton" / "write_kv.py.j2"
-    shared = (TEMPLATES / "triton" / "quantise.j2",)
+    shared = (TEMPLATES / "fp8.py", TEMPLATES / "triton" / "quantise.j2")
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""

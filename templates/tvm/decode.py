@@ -12,49 +12,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pagedgen.errors import Unsupported
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
+from pagedgen.templates.tvm.vectors import (
+    LEVELS,
+    NOMINAL_GBS,
+    NOMINAL_GHZ,
+    STORAGE,
+    bf16_table,
+    check_arch,
+    divisors,
+    horner,
+    interleave,
+    largest,
+    nearest,
+    powers,
+    sum_tree,
+    symbol_of,
+    token_inner,
+)
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec, KInner
+from pagedgen.values.spec import DType, KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """An instruction-set level: vector registers and what they can do."""
-
-    bits: int  # of a vector register
-    registers: int
-    bf16_dot: bool = False  # vdpbf16ps, and byte-table lookups for fp8
-
-
-LEVELS = {
-    "x86_64-avx512bf16": Level(512, 32, bf16_dot=True),
-    "x86_64-avx512": Level(512, 32),
-    "x86_64-avx2": Level(256, 16),
-    "aarch64-neon": Level(128, 32),
-}
-STORAGE = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "uint16"}
 LINE_BYTES = 64
 PREFETCH_LEVELS = {"l1": 3, "l2": 2}
-NOMINAL_GBS = 12.0  # a core's share of memory bandwidth where none is published; predictions only
-NOMINAL_GHZ = 3.0
-
-
-def divisors(n: int, at_most: int) -> tuple[int, ...]:
-    """The divisors of ``n`` up to ``at_most``, ascending."""
-    return tuple(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
-
-
-def powers(low: int, high: int) -> tuple[int, ...]:
-    """The powers of two from ``low`` to ``high``, both included."""
-    return tuple(1 << e for e in range(low.bit_length() - 1, high.bit_length()))
-
-
-def token_inner(spec: KernelSpec) -> bool:
-    """Whether K is read along tokens; at block_size 1 both layouts are the same memory."""
-    return spec.k_inner is KInner.TOKEN and spec.block_size > 1
 
 
 def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
@@ -66,56 +48,6 @@ def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
     return token_inner(spec) or spec.head_dim % (2 * lanes) == 0
 
 
-def interleave(first: int, second: int, count: int) -> list[int]:
-    """Shuffle indices that take elements from ``first`` and ``second`` on in turn, ``count`` of each."""
-    return [start + i for i in range(count) for start in (first, second)]
-
-
-def sum_tree(lanes: int) -> list[tuple[list[int], list[int]]]:
-    """Shuffle indices, low and high, of every level of the tree that sums ``lanes`` vectors of ``lanes``.
-
-    Lanes are crossed within 128 bits first, where a shuffle costs one cycle.
-    """
-    tree = []
-    for low in ([0, lanes, 1, lanes + 1], [0, 1, lanes, lanes + 1]):
-        indices = [g + x for g in range(0, lanes, 4) for x in low]
-        tree.append((indices, [x + 2 for x in indices]))
-    groups = lanes // 4  # what is left is to sum the 4-lane groups
-    while groups > 1:
-        picked = [0, 2, 4, 6] if lanes == 16 else [0, 2]
-        indices = [4 * g + x for g in picked for x in range(4)]
-        tree.append((indices, [x + 4 for x in indices]))
-        groups //= 2
-    return tree
-
-
-def bf16_table(kind: DType) -> tuple[list[int], list[int]]:
-    """Low and high byte of the bf16 of each of the 128 fp8 codes without sign."""
-    mantissa_bits, bias = (3, 7) if kind is DType.FP8_E4M3 else (2, 15)
-    low, high = [], []
-    for code in range(128):
-        exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
-        infinite = kind is DType.FP8_E5M2 and exponent == 31
-        if code == 127 or (infinite and mantissa):
-            bits = 0x7FC0
-        elif infinite:
-            bits = 0x7F80
-        elif code == 0:
-            bits = 0
-        else:
-            if exponent == 0:  # subnormal in fp8, normal in bf16
-                shift = mantissa_bits - mantissa.bit_length() + 1
-                exponent, mantissa = 1 - shift, (mantissa << shift) & ((1 << mantissa_bits) - 1)
-            bits = (exponent - bias + 127) << 7 | mantissa << (7 - mantissa_bits)
-        low.append(bits & 255)
-        high.append(bits >> 8)
-    return low, high
-
-
-# 2^x on [-0.5, 0.5], least maximal relative error (1.3e-7); highest power first.
-EXP2 = (0.00134404927, 0.00967211641, 0.0555017106, 0.240222294, 0.693147348, 1.0)
-
-
 class TvmDecode(Family):
     """One query token a sequence, on a CPU."""
 
@@ -123,12 +55,16 @@ class TvmDecode(Family):
     kind = "cpu"
     source = TEMPLATES / "tvm" / "decode.py.j2"
     masks = ("window", "logits_soft_cap", "sinks")
-    shared: tuple[Path, ...] = (TEMPLATES / "tvm" / "vectors.j2", TEMPLATES / "tvm" / "functions.ll.j2")
+    shared: tuple[Path, ...] = (
+        TEMPLATES / "tvm" / "vectors.py",
+        TEMPLATES / "tvm" / "vectors.j2",
+        TEMPLATES / "tvm" / "functions.ll.j2",
+        TEMPLATES / "launcher" / "cpu_decode.cc.j2",
+    )
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Every decode spec is covered; the target has to be an instruction-set level that is known."""
-        if target.arch not in LEVELS:
-            raise Unsupported(f"arch {target.arch} of target {target.name}: {', '.join(LEVELS)} are covered")
+        check_arch(target)
 
     def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
         """Tile, register blocks, prefetching, and the way products are formed."""
@@ -148,24 +84,24 @@ class TvmDecode(Family):
         # fp8 and wide groups are bound by compute: four heads at once, all of a group of 16, where V then is
         # decoded once.
         half = level.registers // 2
-        k_head = _nearest(k_heads, half if inner else 4)
+        k_head = nearest(k_heads, half if inner else 4)
         fp8 = spec.kv_dtype.is_fp8
         v_wanted = max(4 if fp8 else 1, half // v_vectors[-1], group // 4)
         v_most = level.registers - 3  # heads of which one vector each, and an operand, fit
-        v_head = _largest(heads, v_most) if group >= 16 and not fp8 else _nearest(heads, v_wanted)
+        v_head = largest(heads, v_most) if group >= 16 and not fp8 else nearest(heads, v_wanted)
         return (
             Field("lanes", lanes, lanes[-1], "float32 lanes of a vector"),
             Field("tile", (16, 32, 64, 128), 64 if fp8 else 128, "tokens processed together"),
             Field("dot", dots, dots[-1], "products in float32 (FMA) or on bf16 pairs (vdpbf16ps)"),
             Field("k_heads", k_heads, k_head, "query heads of the register block of q @ K^T"),
             Field(
-                "k_vectors", k_vectors, _largest(k_vectors, half // k_head), "vectors of tokens of that block"
+                "k_vectors", k_vectors, largest(k_vectors, half // k_head), "vectors of tokens of that block"
             ),
             Field("v_heads", heads, v_head, "query heads of the register block of p @ V"),
             Field(
                 "v_vectors",
                 v_vectors,
-                _largest(v_vectors, half // v_head),
+                largest(v_vectors, half // v_head),
                 "vectors of head_dim of that block",
             ),
             Field("streams", (2, 4, 8), 8, "places of the tile from which rows of V are read in turn"),
@@ -343,7 +279,7 @@ class TvmDecode(Family):
             "LINE": LINE_BYTES // element,
             "CHUNK": 64 if fp8 else 2 * lanes,
             "level": PREFETCH_LEVELS[str(schedule["into"])],
-            "poly": _horner("x[i]"),
+            "poly": horner("x[i]"),
             "interleave": interleave,
             "mix_k": [(2 * o + j) * 16 + 4 * x + y for x, o, y, j in octets]
             if fp8
@@ -386,26 +322,6 @@ class Shape:
             v_vectors=schedule.int("v_vectors"),
             dot=schedule["dot"] == "bf16",
         )
-
-
-def symbol_of(spec: KernelSpec, schedule: Schedule) -> str:
-    """What the kernel's functions start with; distinct for every spec and schedule."""
-    return f"decode_{spec.hash[:8]}_{schedule.hash[:8]}"
-
-
-def _horner(x: str) -> str:
-    text = f"T.float32({EXP2[0]!r})"
-    for coefficient in EXP2[1:]:
-        text = f"({text} * {x} + T.float32({coefficient!r}))"
-    return text
-
-
-def _nearest(values: tuple[int, ...], wanted: int) -> int:
-    return min(values, key=lambda value: (abs(value - wanted), -value))
-
-
-def _largest(values: tuple[int, ...], at_most: int) -> int:
-    return max((value for value in values if value <= at_most), default=values[0])
 
 
 FAMILY = TvmDecode()

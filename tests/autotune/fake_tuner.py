@@ -30,6 +30,10 @@ def schedule(tile: int, warps: int, mood: str = "fine") -> Schedule:
     return Schedule.of("fake", tile=tile, warps=warps, mood=mood)
 
 
+def fake_kernel(spec: KernelSpec, target: Target | str, one: Schedule) -> str:
+    return f"fake {one.name}"
+
+
 FINE = tuple(schedule(t, w) for t in (8, 16, 32, 64, 128) for w in (1, 2, 4, 8))
 
 
@@ -65,6 +69,7 @@ def install(space: list[Schedule], put: Callable[[object, str, object], None]) -
         "default_schedule": lambda spec, where: space[0],
         "family_for": lambda spec, where: Family(),
         "template_hash": lambda family: "fakefakefake",
+        "kernel_hash": fake_kernel,
         "render": lambda spec, where, one: Source(spec, where, one, one.name),
         "compile_all": fake_compile,
         "link": fake_link,

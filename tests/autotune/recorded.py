@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.compiler.cost import predict
+from pagedgen.compiler.kernel_hash import kernel_hash
 from pagedgen.compiler.space import feasible
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Choice, Schedule
@@ -147,12 +148,18 @@ def modelled(spec: KernelSpec, workload: Workload, count: int = 60, seed: int = 
     for schedule in sorted(random.Random(seed).sample(feasible(spec, H100), count)):
         us = predict(spec, H100, schedule, workload).time_us
         left_out = math.exp(0.05 * random.Random(schedule.name).gauss(0, 1))
-        rows.append(_record(spec, workload, schedule, us * left_out, us))
+        kernel = kernel_hash(spec, H100, schedule)
+        rows.append(_record(spec, workload, schedule, us * left_out, us, kernel))
     return tuple(rows)
 
 
 def _record(
-    spec: KernelSpec, workload: Workload, schedule: Schedule, us: float, predicted_us: float
+    spec: KernelSpec,
+    workload: Workload,
+    schedule: Schedule,
+    us: float,
+    predicted_us: float,
+    kernel: str = "recorded",
 ) -> Record:
     return Record(
         Status.MEASURED,
@@ -160,7 +167,8 @@ def _record(
         H100.name,
         workload,
         schedule,
-        Stamp("0.1.0", "recorded", "triton 3.6.0", "NVIDIA H100 80GB HBM3", "580.159.04", "2026-11-24"),
+        kernel,
+        Stamp("0.1.0", "triton 3.6.0", "NVIDIA H100 80GB HBM3", "580.159.04", "2026-11-24"),
         Resources(),
         predicted_us,
         Timing(us, us, us, 3),

@@ -139,13 +139,12 @@ def test_an_absent_target_is_calibrated_on_the_likest_one() -> None:
     rows = tuple(r for r in KNOWN if r.spec == KNOWN[0].spec)
     entry = Entry(rows[0].spec, H100.name, rows)
     on_cpu = Entry(rows[0].spec, "cpu", tuple(replace(r, target="cpu") for r in rows))
-    found = Calibration.for_absent([entry], H200, "recorded")
+    found = Calibration.for_absent([entry], H200)
     assert found.residuals == Calibration.of(rows, H100).residuals
     for one in (
-        Calibration.for_absent([], H200, "recorded"),
-        Calibration.for_absent([entry], H200, "another template"),
-        Calibration.for_absent([entry], H100, "recorded"),  # its own records are no prediction's business
-        Calibration.for_absent([on_cpu], H200, "recorded"),
+        Calibration.for_absent([], H200),
+        Calibration.for_absent([entry], H100),  # its own records are no prediction's business
+        Calibration.for_absent([on_cpu], H200),
     ):
         assert one == Calibration()
 

@@ -15,7 +15,7 @@ import pytest
 
 from pagedgen.autotune.database import Database, Entry, Fit, fit, read
 from pagedgen.autotune.select import ANY, Selection
-from pagedgen.errors import CacheUnwritable, InvalidValue, MalformedFile, RecordConflict
+from pagedgen.errors import CacheUnwritable, InvalidValue, MalformedFile
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Schedule
@@ -23,10 +23,12 @@ from pagedgen.values.spec import DType, KernelSpec, Op
 from pagedgen.values.workload import Workload
 
 SPEC = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.BF16, DType.BF16)
-STAMP = Stamp(
-    "0.1.0", "aaaabbbbcccc", "tvm 0.27.0", "AMD EPYC (2 threads)", "Linux 6.1", "2026-11-24T00:00:00+00:00"
-)
+STAMP = Stamp("0.1.0", "tvm 0.27.0", "AMD EPYC (2 threads)", "Linux 6.1", "2026-11-24T00:00:00+00:00")
 WORKLOAD = Workload.uniform(16, 2048)
+
+
+def kernel(spec: KernelSpec, target: str, one: Schedule) -> str:
+    return f"kernel of tile {one.int('tile')}"
 
 
 def schedule(tile: int) -> Schedule:
@@ -42,6 +44,7 @@ def measured(tile: int, us: float = 100.0, stamp: Stamp = STAMP, workload: Workl
         "cpu",
         workload,
         schedule(tile),
+        kernel(SPEC, "cpu", schedule(tile)),
         stamp,
         Resources(),
         90.0,
@@ -53,7 +56,8 @@ def measured(tile: int, us: float = 100.0, stamp: Stamp = STAMP, workload: Workl
 
 def predicted(tile: int, us: float = 80.0, stamp: Stamp = STAMP) -> Record:
     stamp = replace(stamp, device="none", driver="none")
-    return Record(Status.PREDICTED, SPEC, "cpu", WORKLOAD, schedule(tile), stamp, Resources(32), us)
+    now = kernel(SPEC, "cpu", schedule(tile))
+    return Record(Status.PREDICTED, SPEC, "cpu", WORKLOAD, schedule(tile), now, stamp, Resources(32), us)
 
 
 def choice(tile: int, status: Status = Status.MEASURED) -> Selection:
@@ -66,7 +70,7 @@ def entry(*records: Record, selection: Selection | None = None) -> Entry:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Database:
-    return Database(tmp_path / "user", tmp_path / "shipped")
+    return Database(tmp_path / "user", tmp_path / "shipped", kernel)
 
 
 def test_what_is_saved_is_found_whole(database: Database) -> None:
@@ -120,7 +124,7 @@ def test_a_prediction_never_displaces_a_measurement(database: Database) -> None:
 
 
 def test_user_before_shipped_but_measured_before_predicted(database: Database) -> None:
-    shipped = Database(database.shipped, database.shipped)
+    shipped = Database(database.shipped, database.shipped, kernel)
     shipped.save(entry(measured(1), selection=choice(1)))
     database.save(entry(predicted(2), selection=choice(2, Status.PREDICTED)))
     found = database.find(SPEC, "cpu", STAMP)
@@ -141,7 +145,6 @@ def test_user_before_shipped_but_measured_before_predicted(database: Database) -
         ({"driver": "Linux 7.0"}, Fit.NEAR),
         ({"device": "none", "driver": "none"}, Fit.NEAR),
         ({"pagedgen": "1.0.0"}, Fit.FOREIGN),
-        ({"template": "000000000000"}, Fit.FOREIGN),
         ({"device": "Intel Xeon (2 threads)"}, Fit.FOREIGN),
     ],
 )
@@ -153,32 +156,67 @@ def test_fit(change: dict[str, str], expected: Fit) -> None:
 def test_foreign_records_are_neither_used_nor_overwritten(database: Database) -> None:
     first = database.save(entry(measured(1), selection=choice(1)))
     before = first.read_bytes()
-    other = replace(STAMP, template="000000000000")
+    other = replace(STAMP, device="Intel Xeon (2 threads)")
     assert database.find(SPEC, "cpu", other) is None
     second = database.save(entry(measured(2, stamp=other), selection=choice(2)))
-    assert second != first and second.parent == first.parent
+    assert (second.parent, second.name) == (first.parent, f"{SPEC.name}.2.json")
     assert first.read_bytes() == before
     for stamp, tile in ((STAMP, 1), (other, 2)):
         found = database.find(SPEC, "cpu", stamp)
         assert found is not None and found.entry.selection == choice(tile)
+    third = replace(STAMP, device="AMD EPYC (4 threads)")
+    assert database.save(entry(measured(3, stamp=third))).name == f"{SPEC.name}.3.json"
+    assert database.save(entry(measured(4, stamp=other))) == second
+    assert database.files(SPEC, "cpu") == (first, second, second.with_name(f"{SPEC.name}.3.json"))
 
 
-def test_two_foreign_files_are_a_conflict(database: Database) -> None:
-    database.save(entry(measured(1)))
-    other = replace(STAMP, template="000000000000")
-    beside = database.save(entry(measured(2, stamp=other)))
-    beside.write_text(beside.read_text().replace("000000000000", "111111111111"))
-    with pytest.raises(RecordConflict, match="other versions or devices"):
-        database.save(entry(measured(3, stamp=other)))
+def rendered(database: Database, *changed: int) -> Database:
+    """The same folders after an edit that changed the kernels of some tiles."""
+
+    def now(spec: KernelSpec, target: str, one: Schedule) -> str:
+        return "after the edit" if one.int("tile") in changed else kernel(spec, target, one)
+
+    return Database(database.user, database.shipped, now)
 
 
-def test_a_newer_format_is_left_alone(database: Database) -> None:
+def test_records_of_kernels_that_are_rendered_otherwise_now_are_neither_used_nor_overwritten(
+    database: Database,
+) -> None:
+    first = database.save(entry(measured(1), measured(2), selection=choice(1)))
+    before = first.read_bytes()
+    for changed, tiles, selection in (((3,), {1, 2}, choice(1)), ((2,), {1}, choice(1)), ((1,), {2}, None)):
+        found = rendered(database, *changed).find(SPEC, "cpu", STAMP)
+        assert found is not None and found.path == first
+        assert {r.schedule.int("tile") for r in found.entry.records} == tiles
+        assert found.entry.selection == selection, "a choice stands while all its kernels do"
+    edited = rendered(database, 1, 2)
+    assert edited.find(SPEC, "cpu", STAMP) is None and list(edited.of_spec(SPEC)) == []
+    again = replace(measured(1, 70.0), kernel="after the edit")
+    for partly in (rendered(database, 1), edited):
+        second = partly.save(entry(again, selection=choice(1)))
+        assert second.name == f"{SPEC.name}.2.json" and first.read_bytes() == before
+        found = partly.find(SPEC, "cpu", STAMP)
+        assert found is not None and (found.path, found.entry.records) == (second, (again,))
+    found = database.find(SPEC, "cpu", STAMP)
+    assert found is not None and found.path == first, "the edit is taken back: the old ones hold again"
+
+
+def test_of_two_files_that_hold_the_newer_is_used(database: Database) -> None:
+    old, new = measured(1), measured(2, stamp=replace(STAMP, date="2026-11-30T00:00:00+00:00"))
+    database.save(entry(old, measured(3), selection=choice(1)))
+    second = rendered(database, 3).save(entry(new, selection=choice(2)))
+    found = rendered(database, 3).find(SPEC, "cpu", STAMP)
+    assert found is not None and (found.path, found.entry.selection) == (second, choice(2))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_format_is_left_alone(database: Database, number: int) -> None:
     path = database.save(entry(measured(1)))
-    newer = path.read_text().replace('"format": 1', '"format": 2')
-    path.write_text(newer)
+    other = path.read_text().replace('"format": 2', f'"format": {number}')
+    path.write_text(other)
     assert database.find(SPEC, "cpu", STAMP) is None
     assert database.save(entry(measured(2))) != path
-    assert path.read_text() == newer
+    assert path.read_text() == other
 
 
 @pytest.mark.parametrize(
@@ -187,7 +225,7 @@ def test_a_newer_format_is_left_alone(database: Database) -> None:
         (lambda text: text[: len(text) // 2], "JSON"),
         (lambda text: "", "JSON"),
         (lambda text: "[]", "record file"),
-        (lambda text: text.replace('"format": 1', '"format": 0'), "format"),
+        (lambda text: text.replace('"format": 2', '"format": 0'), "format"),
         (lambda text: text.replace('"num_q_heads": 32', '"num_q_heads": 24.5'), "num_q_heads"),
         (lambda text: text.replace('"num_kv_heads": 8', '"num_kv_heads": 4'), "spec"),
         (lambda text: text.replace('"target": "cpu"', '"target": "h200"'), "spec"),
@@ -211,7 +249,7 @@ def test_damage_is_named_and_left_alone(database: Database, damage, where: str) 
 def test_read_only_cache_is_read_and_named_when_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database = Database(tmp_path / "user", tmp_path / "shipped")
+    database = Database(tmp_path / "user", tmp_path / "shipped", kernel)
     database.save(entry(measured(1)))
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -227,7 +265,7 @@ def test_read_only_cache_is_read_and_named_when_written(
 def test_a_cache_below_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CacheUnwritable, match="file"):
-        Database(tmp_path / "file" / "user").save(entry(measured(1)))
+        Database(tmp_path / "file" / "user", kernel=kernel).save(entry(measured(1)))
 
 
 def test_records_of_another_spec_are_refused() -> None:
@@ -242,9 +280,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_database import SPEC, entry, measured
+from test_database import SPEC, entry, kernel, measured
 from pagedgen.autotune.database import Database
-database = Database(Path(sys.argv[1]), Path(sys.argv[1]) / "none")
+database = Database(Path(sys.argv[1]), Path(sys.argv[1]) / "none", kernel)
 first, count = int(sys.argv[2]), int(sys.argv[3])
 for tile in range(first, first + count):
     database.save(entry(measured(tile)))

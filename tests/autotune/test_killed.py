@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import worker_functions as functions
-from fake_tuner import FINE, LONG, SHORT, SPEC, install, schedule
+from fake_tuner import FINE, LONG, SHORT, SPEC, fake_kernel, install, schedule
 
 from pagedgen.autotune import tune as module
 from pagedgen.autotune.database import Database, read
@@ -43,7 +43,10 @@ def run(folder: Path) -> None:
     module.measure, module.Worker = functions.logged_measure, InProcess
     module.PLANS = {effort: module.Plan(24, 4, 600.0, (2,), 3, 4) for effort in module.Effort}
     result = module.tune(
-        SPEC, target("cpu"), [SHORT, LONG], database=Database(folder / "records", folder / "none")
+        SPEC,
+        target("cpu"),
+        [SHORT, LONG],
+        database=Database(folder / "records", folder / "none", fake_kernel),
     )
     (folder / "result").write_text(result.selection.pick(2, 4096).name)
 

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions by name
 
 import worker_functions as functions
-from fake_tuner import FINE, LONG, SHORT, SPEC, install, schedule
+from fake_tuner import FINE, LONG, SHORT, SPEC, fake_kernel, install, schedule
 
 from pagedgen.autotune import gating
 from pagedgen.autotune import tune as module
@@ -33,7 +33,13 @@ from pagedgen.values.workload import Workload
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     monkeypatch.setenv("PAGEDGEN_CACHE_DIR", str(tmp_path / "cache"))
-    return Database(tmp_path / "records", tmp_path / "shipped")
+    return Database(tmp_path / "records", tmp_path / "shipped", fake_kernel)
+
+
+@pytest.fixture
+def real(database: Database) -> Database:
+    """The same folders, for kernels that are rendered."""
+    return Database(database.user, database.shipped)
 
 
 @pytest.fixture
@@ -161,7 +167,9 @@ def test_a_device_that_is_lost_ends_the_run_and_nobody_is_charged(fakes, databas
 def test_runs_of_one_study_share_it_and_read_one_result(fakes, database, cpu, tmp_path) -> None:
     storage = str(tmp_path / "study.log")
     first = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=database, storage=storage)
-    elsewhere = Database(tmp_path / "other", tmp_path / "shipped")  # another host, with records of its own
+    elsewhere = Database(
+        tmp_path / "other", tmp_path / "shipped", fake_kernel
+    )  # another host, with records of its own
     second = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=elsewhere, storage=storage)
     assert second.counts.compiled == second.counts.timed == 0
     assert second.selection == first.selection and second.records == first.records
@@ -202,27 +210,27 @@ SMALL = KernelSpec(Op.DECODE, 32, 2, 1, 16, DType.F32, DType.F32, k_inner=KInner
 TINY = {Effort.QUICK: Plan(3, 3, 120.0, (2,), 3, 2)}
 
 
-def test_this_cpu_for_real(database, cpu, monkeypatch) -> None:
+def test_this_cpu_for_real(real, cpu, monkeypatch) -> None:
     pytest.importorskip("tvm")
     monkeypatch.setattr(module, "PLANS", TINY)
     with Workshop(cpu) as workshop:
         workloads = [Workload.uniform(2, 300), Workload("ragged", (1000, 3, 0, 17))]
-        result = tune(SMALL, cpu, workloads, effort="quick", database=database, workshop=workshop)
+        result = tune(SMALL, cpu, workloads, effort="quick", database=real, workshop=workshop)
         assert result.status is Status.MEASURED and result.counts.compiled >= 3
         assert len(result.records) == 2 * len({r.schedule for r in result.records})
         for record in result.records:
             assert record.verdict is not None and record.verdict.passed and record.verdict.cases >= 4
             assert record.roofline_gbs > 0 and record.stamp.device != "none"
-        again = tune(SMALL, cpu, workloads, effort="quick", database=database, workshop=workshop)
+        again = tune(SMALL, cpu, workloads, effort="quick", database=real, workshop=workshop)
         assert again.counts.known >= 3 and again.counts.compiled == 0 and again.counts.cached >= 1
 
 
-def test_a_gpu_that_is_not_here_for_real(database, monkeypatch) -> None:
+def test_a_gpu_that_is_not_here_for_real(real, monkeypatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(module, "PLANS", {Effort.QUICK: Plan(12, 2, 120.0, (2,), 3, 2)})
     a100 = target("a100")
     spec = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.F16, DType.FP8_E4M3, KVScale.TENSOR)
-    result = tune(spec, a100, [Workload.uniform(32, 8192)], effort="quick", database=database)
+    result = tune(spec, a100, [Workload.uniform(32, 8192)], effort="quick", database=real)
     assert result.status is Status.PREDICTED
     assert result.path is not None and '"measured"' not in result.path.read_text()
     for record in result.records:

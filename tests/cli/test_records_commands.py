@@ -28,6 +28,7 @@ from pagedgen.autotune.tune import Effort, Plan
 from pagedgen.cli import tune as command
 from pagedgen.cli import verify as checking
 from pagedgen.cli.app import app
+from pagedgen.compiler.kernel_hash import kernel_hash
 from pagedgen.compiler.space import feasible
 from pagedgen.values.record import Timing
 from pagedgen.values.spec import DType, KernelSpec, KInner, Op
@@ -114,7 +115,10 @@ def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, mo
 
 def test_what_has_slipped_or_is_wrong_is_named_and_ends_with_1(cache, monkeypatch):
     stamp, schedule = stamp_here(TINY_SPEC, cpu_target()), feasible(TINY_SPEC, cpu_target())[0]
-    one = replace(modelled(SPEC, BATCH)[0], spec=TINY_SPEC, target="cpu", stamp=stamp, schedule=schedule)
+    kernel = kernel_hash(TINY_SPEC, cpu_target(), schedule)
+    one = replace(
+        modelled(SPEC, BATCH)[0], spec=TINY_SPEC, target="cpu", stamp=stamp, schedule=schedule, kernel=kernel
+    )
     Database().save(Entry(TINY_SPEC, "cpu", (one,), select({one.schedule: {one.workload: one.time_us}})))
     slow = Timing(2 * one.time_us, one.time_us, one.time_us, 15)
 

@@ -137,7 +137,7 @@ def test_build_says_why_records_do_not_serve(changed, tmp_path):
     stamps = [{**stamp, "device": "an abacus"} for stamp in data["stamps"]]
     changed.write_text(json.dumps({**data, "stamps": stamps}))
     refused = run("build", "--cpu", *TINY, "--out", pack, code=1).stderr
-    assert f"{changed} is of another template, version or device" in refused
+    assert f"{changed} is of other kernels, another version or device" in refused
     assert not pack.exists()
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+import pagedgen
+from pagedgen.compiler.build import build
 from pagedgen.errors import InvalidPool
 from pagedgen.runtime.kv_cache import KVCache, KVShape, runs
 from pagedgen.runtime.kv_layout import KVLayout
@@ -146,3 +148,24 @@ def test_sizing() -> None:
 def test_runs() -> None:
     assert runs(np.array([], np.int32)) == []
     assert runs(np.array([4, 5, 6, 2, 9, 10], np.int32)) == [(0, 3), (3, 4), (4, 6)]
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp8_e4m3"])
+def test_a_packs_kernel_writes_the_bytes_that_torch_does(kv, cpu_choice, make_spec, tmp_path):
+    scale = KVScale.HEAD if kv == "fp8_e4m3" else KVScale.NONE
+    shape = KVShape(2, 3, 64, 16, DType(kv), scale, KVLayout.KTOKEN)
+    spec = make_spec(64, (3, 3), 16, "bf16", kv, scale="head", k_inner="token", op="write_kv")
+    attention = pagedgen.load(build([cpu_choice(spec)], tmp_path / "write.pack"))
+    scales = {}
+    if scale is KVScale.HEAD:
+        scales = {name: torch.rand(2, 3) + 0.5 for name in ("k_scale", "v_scale")}
+    ours, plain = KVCache(shape, 9, attention=attention, **scales), KVCache(shape, 9, **scales)
+    new = 100 * torch.randn(2, 50, 3, 64, dtype=torch.bfloat16)
+    slots = torch.randperm(9 * 16)[:50]
+    slots[::7] = -1
+    assert ours.writer(new[0], new[1]) == spec
+    for cache in (ours, plain):
+        for layer in range(2):
+            cache.write_kv(layer, new[0], new[1], slots)
+    assert plain.storage[:, :, :-1].any()
+    assert torch.equal(ours.storage[:, :, :-1], plain.storage[:, :, :-1])  # all but the spare block

@@ -23,7 +23,8 @@ from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.verify import Case, cases_of, gate, make_inputs, run_case
 from pagedgen.errors import ArgumentError, CompileError, Unsupported
 from pagedgen.runtime.library import Library
-from pagedgen.templates.tvm.decode import EXP2, FAMILY, LEVELS, bf16_table, sum_tree
+from pagedgen.templates.tvm.decode import FAMILY
+from pagedgen.templates.tvm.vectors import EXP2, LEVELS, bf16_table, sum_tree
 from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KInner

@@ -17,6 +17,7 @@ from pagedgen.autotune.explore.timings import KernelTiming, KernelTimings
 from pagedgen.autotune.select import select
 from pagedgen.autotune.suites.report import Environment
 from pagedgen.compiler.cost import predict
+from pagedgen.compiler.kernel_hash import kernel_hash
 from pagedgen.compiler.space import default_schedule
 from pagedgen.errors import InvalidValue, MalformedFile
 from pagedgen.values.record import Record, Resources, Status, Timing, Verdict
@@ -67,7 +68,10 @@ def _save(database, workloads, factor, status=Status.MEASURED):
         }
         more = measured if status is Status.MEASURED else {}
         stamp = stamp_here(SPEC, H100)
-        records.append(Record(status, SPEC, H100.name, workload, schedule, stamp, Resources(), us, **more))
+        kernel = kernel_hash(SPEC, H100, schedule)
+        records.append(
+            Record(status, SPEC, H100.name, workload, schedule, kernel, stamp, Resources(), us, **more)
+        )
     database.save(Entry(SPEC, H100.name, tuple(records), select({schedule: times}, status)))
 
 
