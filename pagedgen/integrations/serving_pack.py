@@ -153,8 +153,8 @@ def command(layer: Layer, block_size: int, k_inner: KInner, target: str) -> str:
         return f"pagedgen build {where} --head-dim {layer.head_dim} {heads} {types} {ops} --out model.pack"
     return (
         f"pagedgen build {where} --model PATH {types} --out model.pack\n"
-        "  with the model's folder or config.json for PATH (and --tp N for one of N ranks): it has the masks\n"
-        "  of every layer"
+        "  with the model's folder or config.json for PATH (and --tp N for one of N ranks): it has the\n"
+        "  masks of every layer"
     )
 
 
