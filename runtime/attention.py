@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from pagedgen.errors import ArgumentError, PackDamaged, PagedgenError, SpecNotInPack
-from pagedgen.runtime.lengths import check_lengths, checks_wanted
+from pagedgen.runtime.block_pools import BlockPools
+from pagedgen.runtime.lengths import check_lengths, check_pairs, check_slots, checks_wanted
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.pack import Pack, check_machine, open_pack
 from pagedgen.values.manifest import KernelEntry
@@ -105,7 +106,7 @@ class Attention:
     every thread) has its own; graphs captured on one stream and replayed at the same time on several should
     be captured with a ``workspace`` each.
 
-    ``PAGEDGEN_CHECK_LENGTHS=1`` has lengths and block ids of every call read back and checked first
+    ``PAGEDGEN_CHECK_LENGTHS=1`` has lengths, block ids and slots of every call read back and checked first
     (:mod:`pagedgen.runtime.lengths`): for finding mistakes, since it synchronises.
     """
 
@@ -428,6 +429,8 @@ class Attention:
             kernel = self._only.get(Op.WRITE_KV) if spec is None else self._kernels.get(spec)
             if kernel is None or kernel.spec.op is not Op.WRITE_KV:
                 kernel = self._find(Op.WRITE_KV, new_k, k, None, k_scale, None, spec)
+            if self._checked:
+                check_slots(slot_mapping, k.shape[0] * kernel.spec.block_size, written=True)
             kernel.call(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1)
         except PagedgenError:
             raise
@@ -442,6 +445,108 @@ class Attention:
                 v_scale=v_scale,
             )
             raise
+
+    def gather(
+        self,
+        slot_mapping: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out_k: torch.Tensor,
+        out_v: torch.Tensor,
+        *,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        spec: KernelSpec | None = None,
+    ) -> None:
+        """Bring tokens' K and V from their slots into one piece, dequantised or as they are stored.
+
+        Args:
+            slot_mapping: int64 ``[num_tokens]``, block * block_size + slot; below 0: that row is not written.
+            k, v: the pools, as :meth:`decode` takes them.
+            out_k, out_v: ``[num_tokens, num_kv_heads, head_dim]``, head_dim contiguous; written. Their type
+                says which kernel: the pool's own leaves fp8 as it is stored, another has it dequantised.
+            k_scale, v_scale: as :meth:`decode`, for kernels that dequantise: values are multiplied with them
+                in float32, then rounded.
+            spec: which kernel, where the pack has several that fit the tensors.
+
+        Raises:
+            ArgumentError: an argument is not as above. Nothing ran.
+            SpecNotInPack: no gather kernel, or more than one, for these tensors.
+        """
+        try:
+            kernel = self._only.get(Op.GATHER) if spec is None else self._kernels.get(spec)
+            if kernel is None or kernel.spec.op is not Op.GATHER:
+                kernel = self._find(Op.GATHER, out_k, k, None, k_scale, None, spec)
+            if self._checked:
+                check_slots(slot_mapping, k.shape[0] * kernel.spec.block_size, written=False)
+            kernel.call(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, -1)
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(
+                slot_mapping=slot_mapping,
+                k=k,
+                v=v,
+                out_k=out_k,
+                out_v=out_v,
+                k_scale=k_scale,
+                v_scale=v_scale,
+            )
+            raise
+
+    def copy_blocks(
+        self,
+        pools: BlockPools,
+        pairs: torch.Tensor,
+        *,
+        into: BlockPools | None = None,
+        spec: KernelSpec | None = None,
+    ) -> None:
+        """Copy whole blocks in all pools, K and V of every layer, by one launch.
+
+        Args:
+            pools: where blocks are read; written too, unless ``into`` is given.
+            pairs: int64 ``[num_pairs, 2]`` of (source, destination), contiguous, on the pools' device. No
+                block is written twice, and none that is written is read: pairs are copied in no order.
+            into: as many pools, with pages as long; a staging buffer, say.
+            spec: which kernel, where the pack has several; any that knows the pools' alignment will do.
+
+        Raises:
+            ArgumentError: an argument is not as above. Nothing ran. The pairs' numbers, which lie in device
+                memory, are not read for it.
+            SpecNotInPack: no copy_blocks kernel for pools of this alignment.
+        """
+        kernel = self.copier(pools.align) if spec is None else self.kernel(spec)
+        if kernel is None or kernel.spec.op is not Op.COPY_BLOCKS:
+            what = (
+                f"copy_blocks of pages that are multiples of {pools.align} B" if spec is None else spec.name
+            )
+            raise SpecNotInPack(f"{what}: no such kernel; {self._known()}")
+        into = pools if into is None else into
+        if into.pages != pools.pages:
+            raise ArgumentError(f"into: pages of {into.pages} B: {pools.pages}, as of pools, are expected")
+        for name, given in (("pools", pools), ("into", into)):
+            if given.align % kernel.spec.page_align:
+                raise ArgumentError(
+                    f"{name}: addresses, steps and pages are multiples of {given.align} B: "
+                    f"{kernel.spec.page_align} is expected by {kernel.spec.name}"
+                )
+        try:
+            if self._checked:
+                check_pairs(pairs, pools.num_blocks, into.num_blocks, same_pools=into is pools)
+            kernel.call(pools.origin, into.origin, pools.table, into.table, pairs, max(pools.pages), -1)
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(pairs=pairs)
+            raise
+
+    def copier(self, align: int) -> Kernel | None:
+        """A copy_blocks kernel for pools whose begins, steps and pages are multiples of ``align`` bytes."""
+        for kernel in self._kernels.values():
+            if kernel.spec.op is Op.COPY_BLOCKS and align % kernel.spec.page_align == 0:
+                return kernel
+        return None
 
     def workspace_bytes(self, num_seqs: int, spec: KernelSpec | None = None) -> int:
         """Bytes of workspace for up to ``num_seqs`` sequences with one spec, or with any of the pack's.

@@ -77,7 +77,8 @@ def make_spec(
 ) -> KernelSpec:
     """A spec in one line, decode unless ``op`` says otherwise."""
     kv_dtype = DType(kv or q)
-    kv_scale = KVScale(scale) if kv_dtype.is_fp8 else KVScale.NONE
+    as_stored = op == "copy_blocks" or q == kv_dtype  # fp8 without a scale
+    kv_scale = KVScale(scale) if kv_dtype.is_fp8 and not as_stored else KVScale.NONE
     return KernelSpec(
         Op(op), head_dim, *heads, block_size, DType(q), kv_dtype, kv_scale, KInner(k_inner), lse, **masks
     )

@@ -600,3 +600,40 @@ def test_write_kv_arguments_are_refused_before_any_launch(serve, writer):
     for result, (*_, message) in zip(run.results, wrong, strict=True):
         assert result["error"] == "ArgumentError" and message in result["text"], result
     assert run.launches == []
+
+
+def test_a_copy_launch(serve, make_spec, gpu_binary, tmp_path):
+    """A program for each tile of each page of each pair; what cannot be is refused before."""
+    spec = make_spec(128, (8, 8), 16, op="copy_blocks")
+    path = link([gpu_binary(spec, tile_m=512)], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "copy.so")
+    src, dst = made(0x1000, "int", 64, (5, 3)), made(0x2000, "int", 64, (5, 3))
+    pairs = made(0x3000, "int", 64, (7, 2))
+    good = [0x70, 0x90, src, dst, pairs, 20_000, -1]
+    steps = [
+        ["workspace_bytes", [3]],
+        ["copy_blocks", good],
+        ["copy_blocks", [0, 0, src, src, made(0x3000, "int", 64, (0, 2)), 20_000, -1]],
+        ["copy_blocks", [0, 0, src, made(0x2000, "int", 64, (4, 3)), pairs, 20_000, -1]],
+        ["copy_blocks", [0, 0, src, made(0x2000, "int", 64, (5, 3), device=1), pairs, 20_000, -1]],
+        ["copy_blocks", [0, 0, src, dst, made(0x3000, "int", 64, (7, 2), (4, 2)), 20_000, -1]],
+        ["copy_blocks", [0, 0, src, dst, made(0x3000, "int", 64, (7, 2), (4, 1)), 20_000, -1]],
+        ["copy_blocks", [0, 0, src, dst, made(0x3000, "int", 64, (1 << 28, 2)), 20_000, -1]],
+        ["copy_blocks", [0, 0, src, dst, pairs, -1, -1]],
+        ["copy_blocks", [0, 0x108, src, dst, pairs, 20_000, -1]],
+    ]
+    run = serve(path, steps, types="pppppii")
+    assert run.results[:3] == [{"result": 0}] + [{"result": None}] * 2
+    texts = [result["text"] for result in run.results[3:]]
+    assert texts == [
+        "dst.shape = [4, 3]: 5 is expected in axis 0 (num_pools, as src has)",
+        "dst.device = cuda:1: cuda:0 is expected, where src is",
+        "pairs.stride(1) = 2: 1 is expected along a pair",
+        "pairs.stride(0) = 4: 2 is expected (contiguous)",
+        f"pairs.shape[0] = {1 << 28}: at most {(2**31 - 1) // 15} pairs are allowed in 5 pools",
+        "page_bytes = -1: at least 0, the longest page, is allowed",
+        "dst_origin: address 0x108: a multiple of 16 bytes is expected",
+    ]
+    (launch,) = run.launches
+    chunks = -(-20_000 // (512 * 16))
+    assert (launch["symbol"], launch["grid"]) == ("paged_copy_blocks", (7 * 5 * chunks, 1, 1))
+    assert launch["arguments"][:7] == [0x70, 0x90, 0x1000, 0x2000, 0x3000, 5, chunks]

@@ -90,6 +90,8 @@ def test_offsets_of_rows_do_not_depend_on_where_a_tile_lies_in_its_block(make_sp
     for name in ("k", "v"):
         begin = f"ids.to(tl.int64) * {name}_block + pos % 256 * {name}_token"
         assert text.count(f"{name}_rows = ({begin}) + tokens * {name}_token") == 2  # masked or not
+    fp8 = make_spec(op="extend", block_size=256, kv="fp8_e4m3")  # is faster without
+    assert ") + tokens" not in render(fp8, h100, default_schedule(fp8, h100)).text
 
 
 def test_costs_follow_the_work(make_spec, h100):
