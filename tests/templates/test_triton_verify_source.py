@@ -82,7 +82,7 @@ def test_the_default_compiles_with_no_gpu_and_hardly_spills(request, make_spec, 
 
 
 def test_lanes_that_share_a_row_of_parts_round_alike(make_spec, h100):
-    """Racecheck (docs/gpu_tests.md) found lanes that store different sums of one row where it has 64 values."""
+    """Racecheck (docs/gpu_tests.md) found lanes that store different sums of one row of 64 values."""
     guard = "weighted = tl.where(part_ok, part_out * weight[:, :, None], 0.0)"
     for head_dim, guarded in ((32, True), (64, True), (72, False), (128, False)):
         spec = make_spec(head_dim, op="verify")
