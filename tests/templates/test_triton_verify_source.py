@@ -67,6 +67,8 @@ def test_source_has_no_unused_names_and_no_blank_runs(name):
         ("h100", {"kv": "fp8_e4m3", "lse": True}),
         ("h100", {"head_dim": 256, "heads": (16, 8), "block_size": 64, "q": "bf16", **MASKS}),
         ("h100", {"head_dim": 96, "heads": (71, 1), "block_size": 544}),
+        ("a100", {"alibi": True, "attention_chunk": 8192, "causality": "per_sequence"}),
+        ("h100", {"head_dim": 192, "head_dim_v": 128, "alibi": True, "tree_mask": True}),
     ],
 )
 def test_the_default_compiles_with_no_gpu_and_hardly_spills(request, make_spec, arch, spec_args):
