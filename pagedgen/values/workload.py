@@ -100,7 +100,16 @@ class Workload:
         return max(self.seq_lens)
 
     def kv_bytes(self, spec: KernelSpec) -> int:
-        """Bytes of K and V that one call has to read: the figure that GB/s are stated on."""
+        """Bytes of K and V that one call has to read, those its queries see: what GB/s are stated on."""
+        tokens = 0
+        for query_len, seq_len in zip(self.lens_of_queries, self.seq_lens, strict=True):
+            if query_len:
+                first = spec.visible(seq_len - query_len, seq_len)
+                tokens += max(first.stop, spec.visible(seq_len - 1, seq_len).stop) - first.start
+        return tokens * spec.kv_bytes_per_token
+
+    def cache_bytes(self, spec: KernelSpec) -> int:
+        """Bytes of K and V that all tokens occupy, seen or not."""
         return self.num_tokens * spec.kv_bytes_per_token
 
     def flops(self, spec: KernelSpec) -> int:
