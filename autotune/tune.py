@@ -403,7 +403,7 @@ class _Run:
                 yield Outcome(schedule, mean, records=tuple(row[w.seq_lens] for w in self.searched))
 
     def _start(self, ranked: Mapping[Schedule, float]) -> list[Schedule]:
-        """Tried first: the default and its neighbours, what won before and elsewhere, the model's favourites."""
+        """Tried first: the default and its neighbours, what won before, and the model's favourites."""
         start = list(near_default(self.spec, self.target)[:NEAREST])
         start += guesses(self.database, self.spec, self.target, self.space)
         start += list(ranked)[:FAVOURITES]
