@@ -100,12 +100,11 @@ class Workload:
         return max(self.seq_lens)
 
     def kv_bytes(self, spec: KernelSpec) -> int:
-        """Bytes of K and V that one call has to read, those its queries see: what GB/s are stated on."""
+        """Bytes of K and V that one call has to read, those that some query sees: what GB/s are stated on."""
         tokens = 0
-        for query_len, seq_len in zip(self.lens_of_queries, self.seq_lens, strict=True):
-            if query_len:
-                first = spec.visible(seq_len - query_len, seq_len)
-                tokens += max(first.stop, spec.visible(seq_len - 1, seq_len).stop) - first.start
+        for q_len, seq_len in zip(self.lens_of_queries, self.seq_lens, strict=True):
+            if q_len:
+                tokens += seq_len - spec.visible(seq_len - q_len, seq_len).start
         return tokens * spec.kv_bytes_per_token
 
     def cache_bytes(self, spec: KernelSpec) -> int:
