@@ -15,6 +15,7 @@ from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.errors import Unsupported
 
 WRITE, GATHER, COPY = {"op": "write_kv"}, {"op": "gather"}, {"op": "copy_blocks"}
+MERGE = {"op": "merge", "block_size": 1}
 SPECS = [
     {**WRITE, "heads": (2, 2), "head_dim": 64},
     {**WRITE, "heads": (3, 3), "head_dim": 80, "block_size": 1, "kv": "fp8_e4m3"},
@@ -27,6 +28,8 @@ SPECS = [
     {**GATHER, "heads": (2, 2), "head_dim": 64, "q": "f32", "kv": "fp8_e5m2", "scale": "head"},
     {**COPY, "heads": (2, 2), "head_dim": 64},
     {**COPY, "heads": (1, 1), "head_dim": 40, "block_size": 1, "q": "fp8_e4m3"},
+    {**MERGE, "heads": (3, 3), "head_dim": 64},
+    {**MERGE, "heads": (2, 2), "head_dim": 80, "q": "f32", "sinks": True},
     {**COPY, "heads": (8, 8), "head_dim": 128, "head_dim_v": 64, "q": "f32"},
 ]
 
@@ -48,7 +51,7 @@ def test_interpreted_kernels_pass_the_gate():
 @pytest.mark.parametrize("arch", ["a100", "h100"])
 @pytest.mark.parametrize(
     "args",
-    [{**WRITE, "kv": "bf16"}, {**WRITE, "kv": "fp8_e4m3"}, {**GATHER, "kv": "fp8_e5m2"}, COPY],
+    [{**WRITE, "kv": "bf16"}, {**WRITE, "kv": "fp8_e4m3"}, {**GATHER, "kv": "fp8_e5m2"}, COPY, MERGE],
     ids=str,
 )
 def test_compiles_to_16_byte_moves(request, make_spec, arch, args):
