@@ -47,6 +47,7 @@ class Decode(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -72,6 +73,8 @@ class Extend(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -98,6 +101,8 @@ class Verify(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -181,9 +186,12 @@ TENSORS = {
 }
 OPTIONS = (
     "float? softmax_scale=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? sinks=None, "
-    "SymInt? max_seq_len=None, str? spec=None"
+    "Tensor? alibi_slopes=None, SymInt? max_seq_len=None, str? spec=None"
 )
-OWN_OPTIONS = {Op.VERIFY: ", Tensor? tree_mask=None"}
+OWN_OPTIONS = {
+    Op.EXTEND: ", Tensor? causal=None",
+    Op.VERIFY: ", Tensor? causal=None, Tensor? tree_mask=None",
+}
 OUTPUTS = "Tensor(a!) out, Tensor(b!)? lse=None"
 
 

@@ -32,6 +32,7 @@ MODULES = {
     ("hip", Op.EXTEND): "pagedgen.templates.triton.extend",
     ("hip", Op.VERIFY): "pagedgen.templates.triton.verify",
     ("cpu", Op.DECODE): "pagedgen.templates.tvm.decode",
+    ("cpu", Op.EXTEND): "pagedgen.templates.tvm.extend",
     ("cpu", Op.WRITE_KV): "pagedgen.templates.tvm.write_kv",
 }
 

@@ -59,6 +59,7 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "num_pools": "i32",
         "chunks": "i32",
         "tree_mask_ptr": "*i64",
+        "causal_ptr": "*u8",
         "num_tokens": "i32",
         "counter_ptr": "*i32",
         "qk_scale": "fp32",
