@@ -365,7 +365,7 @@ def kernels_for(op: Op, attention: Attention, shape: KVShape) -> dict[torch.dtyp
 
 
 def copy_by_torch(blocks: torch.Tensor, pairs: torch.Tensor) -> None:
-    """Copy blocks of ``[planes, num_blocks, page]`` by int64 ``[n, 2]`` pairs, all read before any is written.
+    """Copy blocks of ``[planes, num_blocks, page]`` by int64 ``[n, 2]`` pairs; all is read, then written.
 
     On a CPU one copy a pair, where none is both read and written: each byte is read and written once, not
     twice, which is 2.5 times as fast for 64 blocks of 2 MiB (5 GB/s both ways of a plain copy's 13).

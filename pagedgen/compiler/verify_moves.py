@@ -62,7 +62,7 @@ def gate_move(
 
 
 class GatherCase:
-    """Tokens from slots out of order, some of them not wanted; outputs are cut from one tensor of NaN.
+    """Tokens from slots out of order, some of them not wanted; outputs are parts of wider tensors of NaN.
 
     An fp8 pool holds every code, NaN included.
     """
@@ -87,14 +87,13 @@ class GatherCase:
         if spec.kv_scale is not KVScale.NONE:
             size = heads if spec.kv_scale is KVScale.HEAD else 1
             self.scales = [(torch.rand(size, generator=make) + 0.5).to(device) for _ in range(2)]
-        wide = torch.full((count, 3 * heads, dim), 0x7F, dtype=torch.uint8, device=device)
         out = TORCH_DTYPES[spec.q_dtype]
-        both = (
-            wide.view(out)
-            if out.itemsize == 1
-            else torch.full(wide.shape, float("nan"), device=device).to(out)
-        )
-        self.outs = [both[:, heads : 2 * heads], both[:, 2 * heads :]]
+        self.outs = []
+        for _ in range(2):
+            wide = torch.full((count, heads + 2, dim), float("nan"), device=device)
+            if out.itemsize == 1:  # casts of NaN may differ
+                wide = torch.full(wide.shape, 0x7F, dtype=torch.uint8, device=device).view(out)
+            self.outs.append(wide.to(out)[:, :heads])
         kept = self.slots >= 0
         blocks = self.slots[kept] // spec.block_size
         places = self.slots[kept] % spec.block_size

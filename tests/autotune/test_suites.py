@@ -109,7 +109,7 @@ def test_verify_is_timed_beside_decode_of_the_same_kv() -> None:
         (_, decode, plain), *verifies = verify_gpu.contenders_of(job)
         assert decode.op is Op.DECODE and plain.seq_lens == job.workload.seq_lens and not plain.query_lens
         for _, spec, workload in verifies:
-            assert spec.op is Op.VERIFY and workload.kv_bytes(spec) == plain.kv_bytes(decode)
+            assert spec.op is Op.VERIFY and workload.cache_bytes(spec) == plain.cache_bytes(decode)
         assert {spec.tree_mask for _, spec, _ in verifies} == ({False} if job.spec.window else {False, True})
 
 

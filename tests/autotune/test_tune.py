@@ -238,3 +238,10 @@ def test_a_gpu_that_is_not_here_for_real(real, monkeypatch) -> None:
         assert 0 < record.resources.smem_bytes <= a100.smem_per_block
     cache = BinaryCache()
     assert len(list(cache.folder.glob("*/*.zip"))) == result.counts.compiled >= 2
+
+
+def test_the_defaults_neighbours_are_tried_at_once(fakes, database, cpu) -> None:
+    events: list[Event] = []
+    tune(SPEC, cpu, [LONG], effort="quick", database=database, progress=events.append)
+    first = next(e for e in events if isinstance(e, Tried))
+    assert {*fakes[:3]} < {o.schedule for o in first.outcomes}
