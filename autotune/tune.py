@@ -730,7 +730,8 @@ class _Run:
             if (binary := self.binaries[schedule].binary) is not None
         )
         times = {s: {w: self._predict(s, w) for w in self.workloads} for s in usable}
-        return select(times, Status.PREDICTED, defaults=self._defaults()), records, stop
+        selection = select(times, Status.PREDICTED, defaults=self._defaults())
+        return replace(selection, expected_regret=self.calibration.expected_regret), records, stop
 
     # ---- both ----
 

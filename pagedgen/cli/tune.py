@@ -200,6 +200,10 @@ def show(result: TuneResult, workloads: Sequence[Workload]) -> None:
             row[5:5] = [f"{record.roofline_share:.0%}"]
         rows.append(row)
     how = f"measured; read rate {result.roofline_gbs:,.1f} GB/s" if measured else "predicted, not measured"
+    if result.selection.expected_regret is not None:
+        how += (
+            f"; such picks are {result.selection.expected_regret:.1%} off a device's own best in the median"
+        )
     console.table(f"{result.spec.name} on {result.target.name} ({how})", columns, rows)
     for i, schedule in enumerate(result.selection.variants):
         console.out().print(f"  kernel {i}: {schedule.name}", soft_wrap=True)
