@@ -455,6 +455,7 @@ class TritonDecode(Family):
             "rows": rows,
             "merge_rows": merge_rows,
             "merge_dims": merge_dims,
+            "parts_across_lanes": False,
             "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
             "loads": loads,

@@ -258,6 +258,7 @@ class TritonVerify(Family):
             "rows": tile_m,
             "merge_rows": tile_m,
             "merge_dims": merge_dims,
+            "parts_across_lanes": merge_dims < 128,  # 32 lanes, 4 values each, take one part's row otherwise
             "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
         }
 

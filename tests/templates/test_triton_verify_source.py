@@ -83,6 +83,14 @@ def test_the_default_compiles_with_no_gpu_and_hardly_spills(request, make_spec, 
     assert "cp.async.cg.shared.global" in ptx
 
 
+def test_lanes_that_share_a_row_of_parts_round_alike(make_spec, h100):
+    """Racecheck (docs/gpu_tests.md) found lanes that store different sums of one row of 64 values."""
+    guard = "weighted = tl.where(part_ok, part_out * weight[:, :, None], 0.0)"
+    for head_dim, guarded in ((32, True), (64, True), (72, False), (128, False)):
+        spec = make_spec(head_dim, op="verify")
+        assert (guard in render(spec, h100, default_schedule(spec, h100)).text) == guarded
+
+
 def test_costs_follow_the_work(make_spec, h100):
     """Bytes decide, not queries, until there are more of them than a tile holds."""
     spec = make_spec(op="verify")
