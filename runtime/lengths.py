@@ -13,8 +13,10 @@ from itertools import pairwise
 import torch
 
 from pagedgen.errors import ArgumentError
+from pagedgen.values.spec import KernelSpec
 
 VARIABLE = "PAGEDGEN_CHECK_LENGTHS"
+TREE_BITS = 64  # of a query's tree mask, and so the queries of a sequence
 
 
 def checks_wanted() -> bool:
@@ -34,22 +36,19 @@ def check_lengths(
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     *,
+    spec: KernelSpec,
     num_tokens: int,
     num_blocks: int,
-    block_size: int,
     max_seq_len: int,
-    window: int | None = None,
-    most_queries: int | None = None,
 ) -> None:
     """Read lengths and block ids back to the host and check them.
 
     Args:
         block_table, seq_lens, cu_seqlens_q: as a call takes them; without ``cu_seqlens_q`` a decode.
+        spec: the kernel's; blocks that no query sees are not looked at.
         num_tokens: rows of q.
-        num_blocks, block_size: of the pool.
+        num_blocks: of the pool.
         max_seq_len: the call's bound.
-        most_queries: of a sequence, if there is a limit: what a tree mask has bits for.
-        window: the spec's; blocks that it has left behind are not looked at.
 
     Raises:
         ArgumentError: names the argument, the sequence, the value and what is allowed.
@@ -77,15 +76,15 @@ def check_lengths(
                 f"cu_seqlens_q[{seq + 1}] = {ends[seq + 1]}: {queries} queries of sequence {seq}, whose "
                 f"seq_len is {length}: at most as many are allowed"
             )
-        if most_queries is not None and queries > most_queries:
+        if spec.tree_mask and queries > TREE_BITS:
             raise ArgumentError(
                 f"cu_seqlens_q[{seq + 1}] = {ends[seq + 1]}: {queries} queries of sequence {seq}: at most "
-                f"{most_queries} are allowed with a tree mask"
+                f"{TREE_BITS} are allowed with a tree mask"
             )
         if not queries:
             continue
-        first = 0 if window is None else max(0, length - queries - window + 1)
-        for i in range(first // block_size, -(-length // block_size)):
+        first = spec.visible(length - queries, length).start
+        for i in range(first // spec.block_size, -(-length // spec.block_size)):
             if not 0 <= rows[seq][i] < num_blocks:
                 raise ArgumentError(
                     f"block_table[{seq}, {i}] = {rows[seq][i]}: 0 to {num_blocks - 1} is allowed"

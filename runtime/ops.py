@@ -23,7 +23,7 @@ import torch
 
 from pagedgen.runtime.attention import Attention, loaded
 from pagedgen.runtime.block_pools import BlockPools
-from pagedgen.runtime.kv_cache import KVCache, store
+from pagedgen.runtime.kv_cache import KVCache, copy_by_torch, store
 from pagedgen.values.spec import KernelSpec, Op
 
 
@@ -47,6 +47,7 @@ class Decode(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -72,6 +73,8 @@ class Extend(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -98,6 +101,8 @@ class Verify(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -181,9 +186,12 @@ TENSORS = {
 }
 OPTIONS = (
     "float? softmax_scale=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? sinks=None, "
-    "SymInt? max_seq_len=None, str? spec=None"
+    "Tensor? alibi_slopes=None, SymInt? max_seq_len=None, str? spec=None"
 )
-OWN_OPTIONS = {Op.VERIFY: ", Tensor? tree_mask=None"}
+OWN_OPTIONS = {
+    Op.EXTEND: ", Tensor? causal=None",
+    Op.VERIFY: ", Tensor? causal=None, Tensor? tree_mask=None",
+}
 OUTPUTS = "Tensor(a!) out, Tensor(b!)? lse=None"
 
 
@@ -329,7 +337,7 @@ def copy_blocks(
         pools = BlockPools((blocks,), table, (page,) * blocks.shape[0], blocks.shape[1], math.gcd(16, page))
         attention.copy_blocks(pools, pairs, spec=_spec(attention, spec))
         return
-    blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
+    copy_by_torch(blocks, pairs)
 
 
 copy_blocks.register_fake(_nothing)

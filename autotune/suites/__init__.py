@@ -53,6 +53,11 @@ SUITES: dict[str, Suite] = {
             "pagedgen.autotune.suites.verify_gpu",
         ),
         Suite(
+            "move-gpu",
+            "writing, gathering and copying K and V on this GPU, against a copy's bandwidth",
+            "pagedgen.autotune.suites.move_gpu",
+        ),
+        Suite(
             "load",
             "loading a pack and the first call in a fresh process, call overhead, pagedgen --help",
             "pagedgen.autotune.suites.load",

@@ -217,10 +217,23 @@ def _assemble_cpu(binaries: Sequence[Binary], shared: Mapping[str, object], spec
     q, kv = spec.q_dtype.size, spec.kv_dtype.size
     align = Align(q=q, out=q, k=kv, v=kv, q_stride=1, out_stride=1, k_stride=1, v_stride=1, workspace=16)
     names = [f"{i}.o" for i in range(len(binaries))]
+    extend_only: dict[str, object] = {}
+    if spec.op is Op.EXTEND:
+        from pagedgen.templates.tvm.extend import Shape
+
+        sources = [binary.source for binary in binaries]
+        extend_only = {"shapes": [Shape.of(spec, each.target, each.schedule) for each in sources]}
     source = (
         environment()
         .get_template("launcher/cpu.cc.j2")
-        .render(**shared, binaries=tuple(binaries), symbols=symbols, align=align, max_kv_stride="INT64_MAX")
+        .render(
+            **shared,
+            binaries=tuple(binaries),
+            symbols=symbols,
+            align=align,
+            max_kv_stride="INT64_MAX",
+            **extend_only,
+        )
     )
     files = tuple((name, b.file("kernel.o")) for name, b in zip(names, binaries, strict=True))
     return Assembly(source, files, tuple(names))

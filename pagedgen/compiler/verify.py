@@ -489,7 +489,7 @@ def gate(
     ``wrap`` may turn a call into another way of making it (CUDA-graph capture and replay).
     """
     device = torch.device(device)
-    if spec.op in MOVES:
+    if spec.op in (*MOVES, Op.MERGE):
         from pagedgen.compiler.verify_moves import gate_move
 
         return gate_move(callee, spec, variant, device, seed, wrap)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import pagedgen
 from pagedgen.compiler.build import Choice, build
 from pagedgen.compiler.verify import Inputs, judge, make_inputs, query_ranges, reference
 from pagedgen.errors import ArgumentError, InvalidPool, SpecNotInPack
@@ -27,6 +28,7 @@ from pagedgen.values.manifest import Rule
 from pagedgen.values.spec import DType
 
 SHAPE = {"head_dim": 64, "heads": (8, 2)}
+MIXED = {"alibi": True, "causality": "per_sequence", "head_dim_v": 32}
 LENS, QUERIES = (50, 17, 0, 33), (20, 1, 0, 33)
 
 
@@ -45,7 +47,8 @@ def served(pack_of, make_spec):
     decode, plain = make_spec(**SHAPE), make_spec(**SHAPE, op="extend")
     lse, sinks = make_spec(**SHAPE, op="extend", lse=True), make_spec(**SHAPE, op="extend", sinks=True)
     line, tree = make_spec(**SHAPE, op="verify"), make_spec(**SHAPE, op="verify", tree_mask=True)
-    attention, calls = pack_of(decode, plain, lse, sinks, line, tree), []
+    mixed = make_spec(**SHAPE, op="extend", **MIXED)
+    attention, calls = pack_of(decode, plain, lse, sinks, line, tree, mixed), []
     for kernel in attention._kernels.values():
 
         def call(*arguments, spec=kernel.spec):
@@ -56,11 +59,10 @@ def served(pack_of, make_spec):
                 arguments
             )
             assert variant == -1 and workspace.dtype == torch.uint8
-            sinks, tree = (more.pop(0) if wanted else None for wanted in (spec.sinks, spec.tree_mask))
+            wanted = (spec.sinks, spec.alibi, spec.causality == "per_sequence", spec.tree_mask)
+            extras = [more.pop(0) if each else None for each in wanted]
             assert not more
-            inputs = Inputs(
-                q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, sinks, tree_mask=tree
-            )
+            inputs = Inputs(q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, *extras)
             want, want_lse, _ = reference(spec, inputs)
             for first, end in query_ranges(spec, inputs):
                 out[first:end] = want[first:end].to(out.dtype)
@@ -400,6 +402,38 @@ def test_copies_and_gathers_that_cannot_be(pack_of, make_spec):
         pack_of(raw, replace(raw, block_size=8)).gather(slots, 0.5, pool, rows, rows)
 
 
+def test_merge_goes_by_its_rows_and_sinks(pack_of, make_spec):
+    plain = make_spec(64, (4, 4), 1, op="merge")
+    attention = pack_of(plain, replace(plain, sinks=True), make_spec(64, (8, 2), 16))
+
+    def call(outs, lses, out, lse, variant, *sinks):
+        merged, sums = pagedgen.merge(outs, lses, *sinks)
+        out.copy_(merged), lse.copy_(sums)
+
+    outs, lses, sinks = torch.randn(3, 5, 4, 64).half(), torch.randn(3, 5, 4), torch.randn(4)
+    with pytest.raises(ArgumentError, match=r"outs\.device = cpu:0: a cuda device is expected"):
+        attention.merge(outs, lses)
+    for spec, more in ((plain, {}), (replace(plain, sinks=True), {"sinks": sinks})):
+        attention.kernel(spec).call = call
+        want = pagedgen.merge(outs, lses, **more)
+        out, lse = torch.empty(5, 4, 64).half(), torch.empty(5, 4)
+        given = attention.merge(outs, lses, out=out, lse=lse, **more)
+        assert given[0] is out and given[1] is lse
+        for got in (given, attention.merge(outs, lses, **more)):
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    for arguments, kind, text in (
+        ((outs[0], lses), ArgumentError, r"outs\.shape = \[5, 4, 64\]: rank 4 is expected"),
+        ((outs.float(), lses), SpecNotInPack, r"merge of outs float32 \[3, 5, 4, 64\]: no kernel fits"),
+        ((outs[..., :32], lses), SpecNotInPack, r"merge of outs float16 \[3, 5, 4, 32\]: no kernel fits"),
+    ):
+        with pytest.raises(kind, match=text):
+            attention.merge(*arguments)
+    with pytest.raises(ArgumentError, match="sinks: None is expected"):
+        attention.merge(outs, lses, sinks=sinks, spec=plain)
+    with pytest.raises(SpecNotInPack, match=r"spec = decode-.*: a spec of merge is expected"):
+        attention.merge(outs, lses, spec=make_spec(64, (8, 2), 16))
+
+
 def test_slots_and_pairs_are_checked_where_that_is_asked_for(pack_of, make_spec, monkeypatch):
     monkeypatch.setenv(VARIABLE, "1")
     specs = [make_spec(64, (2, 2), 16, op=op) for op in ("write_kv", "gather", "copy_blocks")]
@@ -457,6 +491,48 @@ def test_verify_goes_by_its_mask_and_compiles_into_one_graph(served, make_spec):
             assert torch.equal(got[first:end], inputs.out[first:end])
     with pytest.raises(SpecNotInPack, match="sinks given, tree_mask given: no kernel fits"):
         attention.verify(*arguments, tree_mask=inputs.tree_mask, sinks=torch.zeros(8))
+
+
+def test_extend_with_alibi_causality_per_sequence_and_rows_of_v(served, make_spec):
+    attention, calls, _ = served
+    spec = make_spec(**SHAPE, op="extend", **MIXED)
+    inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+    more = {"alibi_slopes": inputs.alibi_slopes, "causal": inputs.causal}
+    got = extend(attention, inputs, softmax_scale=inputs.softmax_scale, **more)
+    assert calls[-1][0] == spec and got.shape == (inputs.q.shape[0], 8, 32)
+    for first, end in query_ranges(spec, inputs):
+        inputs.out[first:end] = got[first:end]
+    assert judge(spec, inputs)[2] == ""
+    compiled = torch.compile(ops.bind_extend(attention), fullgraph=True, backend="eager")
+    again = compiled(
+        inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q,
+        softmax_scale=inputs.softmax_scale, **more,
+    )  # fmt: skip
+    assert again.shape == got.shape
+    for first, end in query_ranges(spec, inputs):
+        assert torch.equal(again[first:end], got[first:end])
+    with pytest.raises(SpecNotInPack, match="causal given: no kernel fits"):
+        extend(attention, inputs, causal=inputs.causal)
+    with pytest.raises(
+        ArgumentError, match="alibi_slopes: None is expected, since extend-h64-q8-kv2-b16-f16"
+    ):
+        extend(
+            attention, make_inputs(make_spec(**SHAPE, op="extend"), LENS, query_lens=QUERIES),
+            spec=make_spec(**SHAPE, op="extend"), alibi_slopes=inputs.alibi_slopes,
+        )  # fmt: skip
+
+
+def test_blocks_that_no_query_sees_are_not_looked_at(pack_of, make_spec, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
+    spec = make_spec(**SHAPE, op="extend", attention_chunk=32)
+    attention = pack_of(spec)
+    attention.kernel(spec).call = lambda *arguments: None
+    inputs = make_inputs(spec, (70, 9), query_lens=(5, 1))
+    inputs.block_table[0, :4] = -1  # the last chunk begins at token 64
+    extend(attention, inputs)
+    inputs.block_table[0, 4] = -1
+    with pytest.raises(ArgumentError, match=r"block_table\[0, 4\] = -1"):
+        extend(attention, inputs)
 
 
 def test_a_tree_has_64_queries_at_most(pack_of, make_spec, monkeypatch):

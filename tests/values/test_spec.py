@@ -28,6 +28,9 @@ def specs(draw) -> KernelSpec:
     q_dtype = draw(st.sampled_from([DType.F32, DType.F16, DType.BF16]))
     kv_dtype = draw(st.sampled_from([q_dtype, DType.FP8_E4M3, DType.FP8_E5M2]))
     kv_heads, op = draw(st.integers(1, 64)), draw(st.sampled_from(list(Op)))
+    if op is Op.MERGE:
+        dim, heads, sinks = draw(st.integers(4, 32)) * 8, draw(st.integers(1, 64)), draw(st.booleans())
+        return KernelSpec(op, dim, heads, heads, 1, q_dtype, q_dtype, sinks=sinks)
     scales = [KVScale.TENSOR, KVScale.HEAD] if kv_dtype.is_fp8 else [KVScale.NONE]
     as_stored = op is Op.COPY_BLOCKS or (op is Op.GATHER and draw(st.booleans()))
     if as_stored:
@@ -221,6 +224,27 @@ def test_moves_that_leave_kv_as_it_is_stored():
     ):
         with pytest.raises(InvalidValue, match=message):
             KernelSpec(**{**pool, "op": op, **change})
+
+
+def test_merge_has_no_pool():
+    right = {**GOOD, "op": Op.MERGE, "num_kv_heads": 32, "block_size": 1}
+    assert KernelSpec(**right).name == "merge-h128-q32-bf16"
+    assert KernelSpec(**right, sinks=True).name == "merge-h128-q32-bf16-sinks"
+    for change, message in (
+        ({"num_kv_heads": 8}, "num_kv_heads = 8: 32 is allowed for merge: it has no K and V"),
+        ({"block_size": 16}, "block_size = 16: 1 is allowed for merge"),
+        (
+            {"kv_dtype": DType.FP8_E4M3, "kv_scale": KVScale.TENSOR},
+            "kv_dtype = .*: bf16 is allowed for merge",
+        ),
+        ({"k_inner": KInner.TOKEN}, "k_inner = .*: dim is allowed for merge"),
+        ({"head_dim_v": 64}, "head_dim_v = 64: None is allowed for merge"),
+        ({"return_lse": True}, "return_lse = True: False is allowed for merge: it has an LSE in any case"),
+        ({"window": 9}, "window = 9: not allowed for merge: it has no K and V"),
+        ({"alibi": True}, "alibi = True: not allowed for merge"),
+    ):
+        with pytest.raises(InvalidValue, match=message):
+            KernelSpec(**{**right, **change})
 
 
 def test_a_tree_mask_is_for_verify_alone_and_without_a_window():
