@@ -182,7 +182,7 @@ class TritonDecode(Family):
             ),
             Field("num_stages", (2, 3, 4), 3 if narrow else 2, "depth of the load pipeline"),
             Field("waves", (1, 2, 3, 4, 6, 8), 3 if narrow else 2, "pieces aimed at for each SM"),
-            Field("split", ("pieces", "even"), "pieces", "how a batch is shared out among programs"),
+            Field("split", ("pieces", "even", "walk"), "pieces", "how a batch is shared out among programs"),
             # 96 merge 16 parts 1.5 us sooner; 32 leave registers for a fifth program on an SM (184, not 254)
             Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
             Field("seq_lanes", (128, 1024), 128, "sequences whose lengths are scanned at a time"),
