@@ -15,7 +15,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -111,13 +111,16 @@ class Rotation:
         count = min(64, 1 + math.ceil(ROTATION * last_level_cache_bytes(device) / size))
         if size > ROTATION * last_level_cache_bytes(device):
             count = 1  # a call reads so much that it evicts its own beginning
-        self.num_bytes, self.turns = count * size, Turns(count)
+        self.turns = Turns(count)
         pool, queries = pool_layout(device), workload.lens_of_queries
         self.inputs: list[Inputs] = []
         for i in range(count):
             lens = workload.seq_lens
             made = make_inputs(spec, lens, device, seed + i, query_lens=queries, pool=pool, poison=False)
             self.inputs.append(made)
+        # Queries and outputs of prompts are more than K and V where many heads share them.
+        values = (getattr(made, field.name) for made in self.inputs for field in fields(made))
+        self.num_bytes = sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
 
 
 _rotations: OrderedDict[tuple[KernelSpec, Workload, str, int], Rotation] = OrderedDict()

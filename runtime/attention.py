@@ -6,15 +6,17 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from pagedgen.errors import ArgumentError, PackDamaged, PagedgenError, SpecNotInPack
-from pagedgen.runtime.lengths import check_lengths, checks_wanted
+from pagedgen.runtime.block_pools import BlockPools
+from pagedgen.runtime.lengths import check_lengths, check_pairs, check_slots, checks_wanted
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.pack import Pack, check_machine, open_pack
 from pagedgen.values.manifest import KernelEntry
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
 
 TORCH_DTYPES = {
     DType.F32: torch.float32,
@@ -24,6 +26,40 @@ TORCH_DTYPES = {
     DType.FP8_E5M2: torch.float8_e5m2,
 }
 MANY_MATCHES = 1024  # remembered (dtypes, shapes) of calls; serving has a handful
+
+
+EXTRAS = ("sinks", "alibi_slopes", "causal", "tree_mask")  # in the ABI's order
+
+
+def taken_by(spec: KernelSpec) -> tuple[str, ...]:
+    """The arguments of :data:`EXTRAS` that kernels of a spec take."""
+    takes = (spec.sinks, spec.alibi, spec.causality is Causality.PER_SEQUENCE, spec.tree_mask)
+    return tuple(name for name, taken in zip(EXTRAS, takes, strict=True) if taken)
+
+
+class _Extras(NamedTuple):
+    """The arguments of :data:`EXTRAS` as a call gives them."""
+
+    sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    causal: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of those that are no None."""
+        return tuple(name for name, tensor in zip(EXTRAS, self, strict=True) if tensor is not None)
+
+    def of(self, kernel: Kernel) -> tuple[torch.Tensor | None, ...]:
+        """What a kernel is called with.
+
+        Raises:
+            ArgumentError: one is given that it doesn't take.
+        """
+        for name in self.given:
+            if name not in kernel.takes:
+                raise ArgumentError(f"{name}: None is expected, since {kernel.spec.name} has none")
+        return tuple([getattr(self, name) for name in kernel.takes])
 
 
 class Workspaces:
@@ -63,10 +99,11 @@ class Workspaces:
 class Kernel:
     """The kernels of one spec: its library, and what a call needs beside its arguments."""
 
-    __slots__ = ("call", "entry", "library", "softmax_scale", "spec", "workspaces")
+    __slots__ = ("call", "entry", "library", "softmax_scale", "spec", "takes", "workspaces")
 
     def __init__(self, entry: KernelEntry, library: Library) -> None:
         self.entry, self.spec, self.library = entry, entry.spec, library
+        self.takes = taken_by(entry.spec)
         try:
             self.call: Callable[..., None] = getattr(library, entry.spec.op.value)
         except AttributeError:
@@ -105,7 +142,7 @@ class Attention:
     every thread) has its own; graphs captured on one stream and replayed at the same time on several should
     be captured with a ``workspace`` each.
 
-    ``PAGEDGEN_CHECK_LENGTHS=1`` has lengths and block ids of every call read back and checked first
+    ``PAGEDGEN_CHECK_LENGTHS=1`` has lengths, block ids and slots of every call read back and checked first
     (:mod:`pagedgen.runtime.lengths`): for finding mistakes, since it synchronises.
     """
 
@@ -143,6 +180,7 @@ class Attention:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
         max_seq_len: int | None = None,
         spec: KernelSpec | None = None,
@@ -163,6 +201,8 @@ class Attention:
             softmax_scale: ``head_dim ** -0.5`` if not given.
             k_scale, v_scale: float32 dequantisation scales of an fp8 cache, ``[1]`` or ``[num_kv_heads]``.
             sinks: float32 ``[num_q_heads]``, for kernels with ``sinks``.
+            alibi_slopes: float32 ``[num_q_heads]``, for kernels with ``alibi``: what a score loses for each
+                token that lies between.
             workspace: uint8, at least :meth:`workspace_bytes`, zeroed once by its owner, used for nothing
                 else and always with the same size. The call allocates nothing if this and ``out`` are given.
             max_seq_len: a bound on seq_lens that is known on the host; picks the kernel. What the block table
@@ -179,11 +219,11 @@ class Attention:
         try:
             kernel = self._only.get(Op.DECODE) if spec is None else self._kernels.get(spec)
             if kernel is None or kernel.spec.op is not Op.DECODE:
-                kernel = self._find(Op.DECODE, q, k, lse, k_scale, sinks, spec)
+                kernel = self._find(Op.DECODE, q, k, v, lse, k_scale, spec, _Extras(sinks, alibi_slopes))
             if max_seq_len is None:
                 max_seq_len = _capacity(block_table, kernel.spec)
             if out is None:
-                out = torch.empty_like(q)
+                out = _out(kernel.spec, q)
             returns_lse = kernel.spec.return_lse
             if returns_lse and lse is None:
                 lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -205,7 +245,7 @@ class Attention:
                 workspace,
                 max_seq_len,
                 -1,
-                *_extras(kernel.spec, sinks),
+                *_Extras(sinks, alibi_slopes).of(kernel),
             )
         except PagedgenError:
             raise
@@ -222,6 +262,7 @@ class Attention:
                 k_scale=k_scale,
                 v_scale=v_scale,
                 sinks=sinks,
+                alibi_slopes=alibi_slopes,
                 workspace=workspace,
             )
             raise
@@ -245,14 +286,17 @@ class Attention:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
         max_seq_len: int | None = None,
         spec: KernelSpec | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Causal attention of the last tokens of each sequence: prompts, chunks and decodes, mixed.
+        """Attention of the last tokens of each sequence: prompts, chunks and decodes, mixed.
 
         K and V of all tokens are in the cache, those of the queries included. Query i of the n of a sequence
-        sees the tokens at positions up to ``seq_len - n + i``, the spec's ``window`` of them at most.
+        is at position ``seq_len - n + i``; which tokens it sees, those up to its own if nothing else is said,
+        is up to the spec (:class:`KernelSpec`: ``causality``, ``window``, ``attention_chunk``).
 
         Args:
             q: ``[num_tokens, num_q_heads, head_dim]``, the queries of the sequences one after the other,
@@ -263,7 +307,10 @@ class Attention:
                 outside them are padding: nothing is written there.
             out: where the result goes, as q; allocated if not given.
             lse: float32 ``[num_tokens, num_q_heads]``, otherwise as :meth:`decode`.
-            softmax_scale, k_scale, v_scale, sinks, workspace, max_seq_len, spec: as :meth:`decode`.
+            softmax_scale, k_scale, v_scale, sinks, alibi_slopes, workspace, max_seq_len, spec: as
+                :meth:`decode`.
+            causal: uint8 ``[num_seqs]``, for kernels with ``causality`` per sequence: 0 where the sequence's
+                queries see all of it.
 
         Returns:
             ``out``, or ``(out, lse)`` if the kernel returns an LSE.
@@ -275,7 +322,7 @@ class Attention:
         """
         return self._ragged(
             Op.EXTEND, q, k, v, block_table, seq_lens, cu_seqlens_q, out, lse, softmax_scale, k_scale,
-            v_scale, sinks, None, workspace, max_seq_len, spec,
+            v_scale, _Extras(sinks, alibi_slopes, causal), workspace, max_seq_len, spec,
         )  # fmt: skip
 
     def verify(
@@ -294,6 +341,8 @@ class Attention:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
         max_seq_len: int | None = None,
         spec: KernelSpec | None = None,
@@ -307,7 +356,8 @@ class Attention:
             tree_mask: int64 ``[num_tokens]``, for kernels with ``tree_mask``: bit j of a query's says whether
                 it sees query j of its sequence, one of 64 at most. All see themselves and every token before
                 the sequence's queries.
-            out, lse, softmax_scale, k_scale, v_scale, sinks, workspace, max_seq_len, spec: as :meth:`extend`.
+            out, lse, softmax_scale, k_scale, v_scale, sinks, alibi_slopes, causal, workspace, max_seq_len,
+                spec: as :meth:`extend`.
 
         Returns:
             ``out``, or ``(out, lse)`` if the kernel returns an LSE.
@@ -317,7 +367,7 @@ class Attention:
         """
         return self._ragged(
             Op.VERIFY, q, k, v, block_table, seq_lens, cu_seqlens_q, out, lse, softmax_scale, k_scale,
-            v_scale, sinks, tree_mask, workspace, max_seq_len, spec,
+            v_scale, _Extras(sinks, alibi_slopes, causal, tree_mask), workspace, max_seq_len, spec,
         )  # fmt: skip
 
     def _ragged(
@@ -334,8 +384,7 @@ class Attention:
         softmax_scale: float | None,
         k_scale: torch.Tensor | None,
         v_scale: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        tree_mask: torch.Tensor | None,
+        extras: _Extras,
         workspace: torch.Tensor | None,
         max_seq_len: int | None,
         spec: KernelSpec | None,
@@ -344,11 +393,11 @@ class Attention:
         try:
             kernel = self._only.get(op) if spec is None else self._kernels.get(spec)
             if kernel is None or kernel.spec.op is not op:
-                kernel = self._find(op, q, k, lse, k_scale, sinks, spec, tree_mask)
+                kernel = self._find(op, q, k, v, lse, k_scale, spec, extras)
             if max_seq_len is None:
                 max_seq_len = _capacity(block_table, kernel.spec)
             if out is None:
-                out = torch.empty_like(q)
+                out = _out(kernel.spec, q)
             returns_lse = kernel.spec.return_lse
             if returns_lse and lse is None:
                 lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -371,7 +420,7 @@ class Attention:
                 workspace,
                 max_seq_len,
                 -1,
-                *_extras(kernel.spec, sinks, tree_mask),
+                *extras.of(kernel),
             )
         except PagedgenError:
             raise
@@ -387,8 +436,10 @@ class Attention:
                 lse=lse,
                 k_scale=k_scale,
                 v_scale=v_scale,
-                sinks=sinks,
-                tree_mask=tree_mask,
+                sinks=extras.sinks,
+                alibi_slopes=extras.alibi_slopes,
+                causal=extras.causal,
+                tree_mask=extras.tree_mask,
                 workspace=workspace,
             )
             raise
@@ -427,7 +478,9 @@ class Attention:
         try:
             kernel = self._only.get(Op.WRITE_KV) if spec is None else self._kernels.get(spec)
             if kernel is None or kernel.spec.op is not Op.WRITE_KV:
-                kernel = self._find(Op.WRITE_KV, new_k, k, None, k_scale, None, spec)
+                kernel = self._find(Op.WRITE_KV, new_k, k, v, None, k_scale, spec)
+            if self._checked:
+                check_slots(slot_mapping, k.shape[0] * kernel.spec.block_size, written=True)
             kernel.call(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1)
         except PagedgenError:
             raise
@@ -442,6 +495,108 @@ class Attention:
                 v_scale=v_scale,
             )
             raise
+
+    def gather(
+        self,
+        slot_mapping: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out_k: torch.Tensor,
+        out_v: torch.Tensor,
+        *,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        spec: KernelSpec | None = None,
+    ) -> None:
+        """Bring tokens' K and V from their slots into one piece, dequantised or as they are stored.
+
+        Args:
+            slot_mapping: int64 ``[num_tokens]``, block * block_size + slot; below 0: that row is not written.
+            k, v: the pools, as :meth:`decode` takes them.
+            out_k, out_v: ``[num_tokens, num_kv_heads, head_dim]``, head_dim contiguous; written. Their type
+                says which kernel: the pool's own leaves fp8 as it is stored, another has it dequantised.
+            k_scale, v_scale: as :meth:`decode`, for kernels that dequantise: values are multiplied with them
+                in float32, then rounded.
+            spec: which kernel, where the pack has several that fit the tensors.
+
+        Raises:
+            ArgumentError: an argument is not as above. Nothing ran.
+            SpecNotInPack: no gather kernel, or more than one, for these tensors.
+        """
+        try:
+            kernel = self._only.get(Op.GATHER) if spec is None else self._kernels.get(spec)
+            if kernel is None or kernel.spec.op is not Op.GATHER:
+                kernel = self._find(Op.GATHER, out_k, k, v, None, k_scale, spec)
+            if self._checked:
+                check_slots(slot_mapping, k.shape[0] * kernel.spec.block_size, written=False)
+            kernel.call(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, -1)
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(
+                slot_mapping=slot_mapping,
+                k=k,
+                v=v,
+                out_k=out_k,
+                out_v=out_v,
+                k_scale=k_scale,
+                v_scale=v_scale,
+            )
+            raise
+
+    def copy_blocks(
+        self,
+        pools: BlockPools,
+        pairs: torch.Tensor,
+        *,
+        into: BlockPools | None = None,
+        spec: KernelSpec | None = None,
+    ) -> None:
+        """Copy whole blocks in all pools, K and V of every layer, by one launch.
+
+        Args:
+            pools: where blocks are read; written too, unless ``into`` is given.
+            pairs: int64 ``[num_pairs, 2]`` of (source, destination), contiguous, on the pools' device. No
+                block is written twice, and none that is written is read: pairs are copied in no order.
+            into: as many pools, with pages as long; a staging buffer, say.
+            spec: which kernel, where the pack has several; any that knows the pools' alignment will do.
+
+        Raises:
+            ArgumentError: an argument is not as above. Nothing ran. The pairs' numbers, which lie in device
+                memory, are not read for it.
+            SpecNotInPack: no copy_blocks kernel for pools of this alignment.
+        """
+        kernel = self.copier(pools.align) if spec is None else self.kernel(spec)
+        if kernel is None or kernel.spec.op is not Op.COPY_BLOCKS:
+            what = (
+                f"copy_blocks of pages that are multiples of {pools.align} B" if spec is None else spec.name
+            )
+            raise SpecNotInPack(f"{what}: no such kernel; {self._known()}")
+        into = pools if into is None else into
+        if into.pages != pools.pages:
+            raise ArgumentError(f"into: pages of {into.pages} B: {pools.pages}, as of pools, are expected")
+        for name, given in (("pools", pools), ("into", into)):
+            if given.align % kernel.spec.page_align:
+                raise ArgumentError(
+                    f"{name}: addresses, steps and pages are multiples of {given.align} B: "
+                    f"{kernel.spec.page_align} is expected by {kernel.spec.name}"
+                )
+        try:
+            if self._checked:
+                check_pairs(pairs, pools.num_blocks, into.num_blocks, same_pools=into is pools)
+            kernel.call(pools.origin, into.origin, pools.table, into.table, pairs, max(pools.pages), -1)
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(pairs=pairs)
+            raise
+
+    def copier(self, align: int) -> Kernel | None:
+        """A copy_blocks kernel for pools whose begins, steps and pages are multiples of ``align`` bytes."""
+        for kernel in self._kernels.values():
+            if kernel.spec.op is Op.COPY_BLOCKS and align % kernel.spec.page_align == 0:
+                return kernel
+        return None
 
     def workspace_bytes(self, num_seqs: int, spec: KernelSpec | None = None) -> int:
         """Bytes of workspace for up to ``num_seqs`` sequences with one spec, or with any of the pack's.
@@ -502,11 +657,11 @@ class Attention:
         op: Op,
         q: torch.Tensor,
         k: torch.Tensor,
+        v: torch.Tensor,
         lse: torch.Tensor | None,
         k_scale: torch.Tensor | None,
-        sinks: torch.Tensor | None,
         spec: KernelSpec | None,
-        tree_mask: torch.Tensor | None = None,
+        extras: _Extras | None = None,
     ) -> Kernel:
         """The kernel of an operator that fits the tensors; what it found is remembered."""
         if spec is not None:
@@ -517,11 +672,11 @@ class Attention:
         strides = k.stride()
         scales = 0 if k_scale is None else k_scale.numel()
         inner = (strides[-1:] == (1,), strides[1:2] == (1,))
-        given = (lse is None, scales, sinks is None, tree_mask is None)
-        key = (op, q.dtype, k.dtype, q.shape[1:], k.shape[1:], inner, given)
+        names = () if extras is None else extras.given
+        key = (op, q.dtype, k.dtype, q.shape[1:], k.shape[1:], v.shape[3:], inner, lse is None, scales, names)
         found = self._matches.get(key)
         if found is None:
-            found = self._match(op, q, k, lse, k_scale, sinks, tree_mask)
+            found = self._match(op, q, k, v, lse, k_scale, names)
             if len(self._matches) >= MANY_MATCHES:
                 self._matches.clear()
             self._matches[key] = found
@@ -532,10 +687,10 @@ class Attention:
         op: Op,
         q: torch.Tensor,
         k: torch.Tensor,
+        v: torch.Tensor,
         lse: torch.Tensor | None,
         k_scale: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        tree_mask: torch.Tensor | None,
+        given: tuple[str, ...],
     ) -> Kernel:
         if q.ndim != 3:
             rows = "num_seqs" if op is Op.DECODE else "num_tokens"
@@ -548,9 +703,8 @@ class Attention:
         of_op = [kernel for kernel in self._kernels.values() if kernel.spec.op is op]
         if not of_op:
             raise SpecNotInPack(f"{op.value}: {self._known()}")
-        fits = [kernel for kernel in of_op if _fits(kernel.spec, q, k)]
-        fits = [kernel for kernel in fits if kernel.spec.sinks == (sinks is not None)]
-        fits = [kernel for kernel in fits if kernel.spec.tree_mask == (tree_mask is not None)]
+        fits = [kernel for kernel in of_op if _fits(kernel.spec, q, k, v)]
+        fits = [kernel for kernel in fits if kernel.takes == given]
         if lse is not None:
             fits = [kernel for kernel in fits if kernel.spec.return_lse]
         elif not all(kernel.spec.return_lse for kernel in fits):
@@ -562,8 +716,7 @@ class Attention:
             return fits[0]
         what = (
             f"q {q.dtype} {list(q.shape)}, k {k.dtype} {list(k.shape)} with strides {list(k.stride())}"
-            f"{'' if lse is None else ', lse wanted'}{'' if sinks is None else ', sinks given'}"
-            f"{'' if tree_mask is None else ', tree_mask given'}"
+            f"{'' if lse is None else ', lse wanted'}{''.join(f', {name} given' for name in given)}"
         ).replace("torch.", "")
         if fits:
             names = ", ".join(kernel.spec.name for kernel in fits)
@@ -592,31 +745,21 @@ def _check(
         block_table,
         seq_lens,
         cu_seqlens_q,
+        spec=spec,
         num_tokens=q.shape[0],
         num_blocks=k.shape[0],
-        block_size=spec.block_size,
         max_seq_len=max_seq_len,
-        window=spec.window,
-        most_queries=64 if spec.tree_mask else None,
     )
 
 
-def _extras(
-    spec: KernelSpec, sinks: torch.Tensor | None, tree_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor | None, ...]:
-    """The arguments that kernels with sinks, and those with a tree mask, have more."""
-    extras: list[torch.Tensor | None] = []
-    for name, given, wanted in (("sinks", sinks, spec.sinks), ("tree_mask", tree_mask, spec.tree_mask)):
-        if wanted:
-            extras.append(given)
-        elif given is not None:
-            raise ArgumentError(f"{name}: None is expected, since {spec.name} has none")
-    return tuple(extras)
+def _out(spec: KernelSpec, q: torch.Tensor) -> torch.Tensor:
+    """Memory for a call's result."""
+    return torch.empty_like(q) if spec.head_dim_v is None else q.new_empty((*q.shape[:2], spec.head_dim_v))
 
 
 def _refuse_strange(**tensors: object) -> None:
     for name, value in tensors.items():
-        if value is None and name in ("lse", "k_scale", "v_scale", "sinks", "tree_mask", "workspace", "out"):
+        if value is None and name in ("lse", "k_scale", "v_scale", "workspace", "out", *EXTRAS):
             continue
         if not isinstance(value, torch.Tensor):
             raise ArgumentError(f"{name}: {type(value).__name__}: a torch.Tensor is expected")
@@ -626,12 +769,14 @@ def _refuse_strange(**tensors: object) -> None:
             )
 
 
-def _fits(spec: KernelSpec, q: torch.Tensor, k: torch.Tensor) -> bool:
+def _fits(spec: KernelSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     if q.dtype != TORCH_DTYPES[spec.q_dtype] or tuple(q.shape[1:]) != (spec.num_q_heads, spec.head_dim):
         return False
     if k.dtype != TORCH_DTYPES[spec.kv_dtype] and not (spec.kv_dtype.is_fp8 and k.dtype == torch.uint8):
         return False
     if tuple(k.shape[1:]) != (spec.block_size, spec.num_kv_heads, spec.head_dim):
+        return False
+    if tuple(v.shape[3:]) != (spec.v_dim,):
         return False
     if spec.k_inner is KInner.TOKEN:
         return k.stride(1) == 1 or spec.block_size == 1

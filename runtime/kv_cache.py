@@ -11,6 +11,7 @@ import torch
 from pagedgen.errors import InvalidPool
 from pagedgen.runtime.arrays import I32, I64
 from pagedgen.runtime.attention import TORCH_DTYPES, Attention
+from pagedgen.runtime.block_pools import BlockPools, upload
 from pagedgen.runtime.kv_layout import KVLayout
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
 
@@ -101,8 +102,8 @@ class KVCache:
         num_host_blocks: blocks of host memory (pinned for a GPU) to swap to.
         k_scale, v_scale: float32 ``[num_layers, 1]`` or ``[num_layers, num_kv_heads]`` for an fp8 pool: what
             stored values are multiplied with. Ones if not given.
-        attention: a pack whose write_kv kernels store new tokens where they fit the shape; torch's operators
-            do elsewhere, and give the same bytes.
+        attention: a pack whose write_kv, copy_blocks and gather kernels are used where they fit the shape;
+            torch's operators are elsewhere, and give the same bytes.
     """
 
     def __init__(
@@ -144,13 +145,17 @@ class KVCache:
         raw = [shape.layout.views(layer, *geometry) for layer in self.storage.view(writable)]
         self._raw = raw  # with the spare block
         self.attention = attention
-        self._writers = {} if attention is None else writers(attention, shape)
+        self._writers = {} if attention is None else kernels_for(Op.WRITE_KV, attention, shape)
+        self._gatherers = {} if attention is None else kernels_for(Op.GATHER, attention, shape)
         self.k_scale = self._scale("k_scale", k_scale)
         self.v_scale = self._scale("v_scale", v_scale)
         # Eight bytes at a time where the page allows it: a gather of single bytes is slow.
         wide = torch.int64 if shape.page_bytes % 8 == 0 else torch.uint8
         self.blocks = self.storage.view(wide).flatten(0, 1)  # [layers * planes, num_blocks + 1, page]
         self._host_blocks = self.host.view(wide).flatten(1, 2)  # [num_host_blocks, layers * planes, page]
+        self.pools = BlockPools.stacked(self.blocks)
+        copier = None if attention is None else attention.copier(self.pools.align)
+        self.copier = None if copier is None else copier.spec
         self._side = torch.cuda.Stream(self.device) if pin else None  # type: ignore[no-untyped-call]
 
     def slots(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,13 +195,67 @@ class KVCache:
         """K and V of one layer with the spare block, fp8 as bytes: what :func:`store` writes to."""
         return self._raw[layer]
 
+    def token_slots(self, blocks: I32, num_tokens: int) -> torch.Tensor:
+        """Slots of the first tokens of a sequence, int64 ``[num_tokens]`` on the device, from its blocks.
+
+        Raises:
+            InvalidPool: the blocks hold fewer tokens.
+        """
+        size = self.shape.block_size
+        if not 0 <= num_tokens <= len(blocks) * size:
+            raise InvalidPool("num_tokens", num_tokens, f"0 to {len(blocks) * size}, which the blocks hold")
+        slots = blocks.astype(np.int64)[:, None] * size + np.arange(size)
+        return upload(slots.reshape(-1)[:num_tokens], self.device)
+
+    def gather(
+        self, layer: int, slots: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of tokens in one piece, ``[num_tokens, num_kv_heads, head_dim]`` each, to send or look at.
+
+        Args:
+            slots: int64 ``[num_tokens]``, block * block_size + offset, on the pool's device; see
+                :meth:`token_slots`.
+            dtype: a float type that an fp8 pool is dequantised to. As they are stored if not given.
+
+        Raises:
+            InvalidPool: another type than the pool's, which is not fp8.
+        """
+        held = TORCH_DTYPES[self.shape.dtype]
+        dtype = dtype or held
+        if dtype != held and not (self.shape.dtype.is_fp8 and dtype.is_floating_point and dtype.itemsize > 1):
+            allowed = f"{held}, or a wider float type for an fp8 pool, is allowed"
+            raise InvalidPool("dtype", dtype, allowed)
+        scales = [None if s is None or dtype == held else s[layer] for s in (self.k_scale, self.v_scale)]
+        spec = self._gatherers.get(dtype)
+        if spec is not None:
+            assert self.attention is not None
+            shape = (len(slots), self.shape.num_kv_heads, self.shape.head_dim)
+            k, v = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
+            self.attention.gather(
+                slots, self.k[layer], self.v[layer], k, v, k_scale=scales[0], v_scale=scales[1], spec=spec
+            )
+            return k, v
+        blocks = torch.div(slots, self.shape.block_size, rounding_mode="floor")
+        places = slots - blocks * self.shape.block_size
+        found = []
+        for pool, scale in zip(self._raw[layer], scales, strict=True):
+            rows = pool[blocks, places].view(held)
+            found.append(rows if scale is None else (rows.float() * scale[:, None]).to(dtype))
+        return found[0], found[1]
+
     def copy_blocks(self, pairs: I32) -> None:
         """Copy whole blocks, ``[n, 2]`` of (source, destination), in all layers at once.
 
-        One gather and one scatter, whatever ``n``; all is read before anything is written.
+        All is read before anything is written. One launch with a pack's kernel, whatever ``n``; one gather
+        and one scatter without, or where a block is both read and written.
         """
-        if pairs.size:
-            index = self._index(pairs)
+        if not pairs.size:
+            return
+        index = self._index(pairs)
+        if self.copier is not None and not np.isin(pairs[:, 1], pairs[:, 0]).any():
+            assert self.attention is not None
+            self.attention.copy_blocks(self.pools, index, spec=self.copier)
+        else:
             self.blocks.index_copy_(1, index[:, 1], self.blocks.index_select(1, index[:, 0]))
 
     def move_blocks(self, pairs: I32, batch: int | None = None) -> None:
@@ -213,7 +272,7 @@ class KVCache:
         """
         for i in range(0, len(pairs), self._batch):
             part = pairs[i : i + self._batch]
-            gathered = self.blocks.index_select(1, self._index(part[:, 0])).transpose(0, 1).contiguous()
+            gathered = self._gathered(part[:, 0])
             if self._side is None:
                 self._host_blocks[torch.from_numpy(part[:, 1].astype(np.int64))] = gathered
                 continue
@@ -243,17 +302,40 @@ class KVCache:
                         landed[first:last].copy_(host, non_blocking=True)
                 landed.record_stream(self._side)
                 torch.cuda.current_stream(self.device).wait_stream(self._side)
-            self.blocks.index_copy_(1, self._index(part[:, 1]), landed.transpose(0, 1))
+            self._scatter(landed, part[:, 1])
+
+    def _gathered(self, blocks: I32) -> torch.Tensor:
+        """Blocks side by side, ``[n, layers * planes, page]``."""
+        if self.copier is None:
+            return self.blocks.index_select(1, self._index(blocks)).transpose(0, 1).contiguous()
+        assert self.attention is not None
+        shape = (len(blocks), self.blocks.shape[0], self.blocks.shape[2])
+        gathered = torch.empty(shape, dtype=self.blocks.dtype, device=self.device)
+        pairs = self._index(blocks, np.arange(len(blocks)))
+        into = BlockPools.stacked(gathered.transpose(0, 1))
+        self.attention.copy_blocks(self.pools, pairs, into=into, spec=self.copier)
+        return gathered
+
+    def _scatter(self, landed: torch.Tensor, blocks: I32) -> None:
+        """The way back from what :meth:`_gathered` gives."""
+        if self.copier is None:
+            self.blocks.index_copy_(1, self._index(blocks), landed.transpose(0, 1))
+            return
+        assert self.attention is not None
+        pairs = self._index(np.arange(len(blocks)), blocks)
+        landed_pools = BlockPools.stacked(landed.transpose(0, 1))
+        self.attention.copy_blocks(landed_pools, pairs, into=self.pools, spec=self.copier)
 
     @property
     def _batch(self) -> int:
         return max(1, STAGING_BYTES // self.shape.block_bytes)
 
-    def _index(self, blocks: I32) -> torch.Tensor:
-        index = torch.from_numpy(np.ascontiguousarray(blocks, np.int64))
-        if self.device.type == "cuda":
-            return index.pin_memory().to(self.device, non_blocking=True)
-        return index
+    def _index(self, *columns: I32 | I64) -> torch.Tensor:
+        """Block numbers on the device, int64 ``[n]``, or ``[n, 2]`` for two columns or rows of two."""
+        index: I64 = (
+            np.column_stack(columns).astype(np.int64) if len(columns) > 1 else columns[0].astype(np.int64)
+        )
+        return upload(index, self.device)
 
     def _scale(self, name: str, scale: torch.Tensor | None) -> torch.Tensor | None:
         shape = self.shape
@@ -269,13 +351,15 @@ class KVCache:
         return scale.to(self.device)
 
 
-def writers(attention: Attention, shape: KVShape) -> dict[torch.dtype, KernelSpec]:
-    """A pack's write_kv kernels for pools of a shape, by the type of the new K and V."""
+def kernels_for(op: Op, attention: Attention, shape: KVShape) -> dict[torch.dtype, KernelSpec]:
+    """A pack's write_kv or gather kernels for pools of a shape, by the type outside the pool."""
     found = {}
     for spec in attention.specs:
-        wanted = (Op.WRITE_KV, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype)
+        wanted = (op, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype)
         held = (spec.op, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.kv_dtype)
-        if held == wanted and (spec.kv_scale, spec.k_inner) == (shape.kv_scale, shape.layout.k_inner):
+        as_stored = op is Op.GATHER and spec.q_dtype == spec.kv_dtype
+        fits = held == wanted and spec.k_inner is shape.layout.k_inner and spec.head_dim_v is None
+        if fits and (as_stored or spec.kv_scale is shape.kv_scale):
             found[TORCH_DTYPES[spec.q_dtype]] = spec
     return found
 

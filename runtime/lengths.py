@@ -1,4 +1,4 @@
-"""What a call's lengths and block table must be, checked on the host: for finding mistakes, not for serving.
+"""What a call's lengths, block ids and slots must be, checked on the host: to find mistakes, not to serve.
 
 Kernels read both on the device, where nothing can be raised: an id outside the pool is read as an address.
 ``PAGEDGEN_CHECK_LENGTHS=1`` has every call of ``Attention`` checked first, which synchronises and takes
@@ -13,8 +13,10 @@ from itertools import pairwise
 import torch
 
 from pagedgen.errors import ArgumentError
+from pagedgen.values.spec import KernelSpec
 
 VARIABLE = "PAGEDGEN_CHECK_LENGTHS"
+TREE_BITS = 64  # of a query's tree mask, and so the queries of a sequence
 
 
 def checks_wanted() -> bool:
@@ -34,22 +36,19 @@ def check_lengths(
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     *,
+    spec: KernelSpec,
     num_tokens: int,
     num_blocks: int,
-    block_size: int,
     max_seq_len: int,
-    window: int | None = None,
-    most_queries: int | None = None,
 ) -> None:
     """Read lengths and block ids back to the host and check them.
 
     Args:
         block_table, seq_lens, cu_seqlens_q: as a call takes them; without ``cu_seqlens_q`` a decode.
+        spec: the kernel's; blocks that no query sees are not looked at.
         num_tokens: rows of q.
-        num_blocks, block_size: of the pool.
+        num_blocks: of the pool.
         max_seq_len: the call's bound.
-        most_queries: of a sequence, if there is a limit: what a tree mask has bits for.
-        window: the spec's; blocks that it has left behind are not looked at.
 
     Raises:
         ArgumentError: names the argument, the sequence, the value and what is allowed.
@@ -77,16 +76,64 @@ def check_lengths(
                 f"cu_seqlens_q[{seq + 1}] = {ends[seq + 1]}: {queries} queries of sequence {seq}, whose "
                 f"seq_len is {length}: at most as many are allowed"
             )
-        if most_queries is not None and queries > most_queries:
+        if spec.tree_mask and queries > TREE_BITS:
             raise ArgumentError(
                 f"cu_seqlens_q[{seq + 1}] = {ends[seq + 1]}: {queries} queries of sequence {seq}: at most "
-                f"{most_queries} are allowed with a tree mask"
+                f"{TREE_BITS} are allowed with a tree mask"
             )
         if not queries:
             continue
-        first = 0 if window is None else max(0, length - queries - window + 1)
-        for i in range(first // block_size, -(-length // block_size)):
+        first = spec.visible(length - queries, length).start
+        for i in range(first // spec.block_size, -(-length // spec.block_size)):
             if not 0 <= rows[seq][i] < num_blocks:
                 raise ArgumentError(
                     f"block_table[{seq}, {i}] = {rows[seq][i]}: 0 to {num_blocks - 1} is allowed"
                 )
+
+
+def check_slots(slot_mapping: torch.Tensor, num_slots: int, *, written: bool) -> None:
+    """Read slots back to the host and check them: inside the pool, or below 0; each once where it is written.
+
+    Raises:
+        ArgumentError: names the token, its slot and what is allowed.
+    """
+    if slot_mapping.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    first: dict[int, int] = {}
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= num_slots:
+            raise ArgumentError(f"slot_mapping[{token}] = {slot}: up to {num_slots - 1} is allowed")
+        if written and slot >= 0 and first.setdefault(slot, token) != token:
+            raise ArgumentError(
+                f"slot_mapping[{token}] = {slot}: token {first[slot]} goes there too; one a slot is allowed"
+            )
+
+
+def check_pairs(pairs: torch.Tensor, num_blocks: int, num_written: int, *, same_pools: bool) -> None:
+    """Read pairs of blocks back to the host and check them: in the pools, none written that is also read.
+
+    Args:
+        pairs: as :meth:`Attention.copy_blocks` takes them.
+        num_blocks, num_written: of the pools that are read, and of those that are written.
+        same_pools: whether these are the same.
+
+    Raises:
+        ArgumentError: names the pair, the block and what is allowed.
+    """
+    if pairs.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    read = {source for source, _ in pairs.tolist()} if same_pools else set()
+    first: dict[int, int] = {}
+    for number, (source, destination) in enumerate(pairs.tolist()):
+        for axis, block, most in ((0, source, num_blocks), (1, destination, num_written)):
+            if not 0 <= block < most:
+                raise ArgumentError(f"pairs[{number}, {axis}] = {block}: 0 to {most - 1} is allowed")
+        if first.setdefault(destination, number) != number:
+            raise ArgumentError(
+                f"pairs[{number}, 1] = {destination}: pair {first[destination]} writes it too; "
+                "one pair a block is allowed"
+            )
+        if destination in read:
+            raise ArgumentError(
+                f"pairs[{number}, 1] = {destination}: it is read in the same call; copies go in no order"
+            )

@@ -41,13 +41,25 @@ if TYPE_CHECKING:
     Extend = Callable[..., None]
     WriteKV = Callable[
         [
-            torch.Tensor,  # new_k
-            torch.Tensor,  # new_v
+            torch.Tensor,  # new_k, of gather out_k
+            torch.Tensor,  # new_v, of gather out_v
             torch.Tensor,  # slot_mapping
             torch.Tensor,  # k
             torch.Tensor,  # v
             torch.Tensor | None,  # k_scale
             torch.Tensor | None,  # v_scale
+            int,  # variant
+        ],
+        None,
+    ]
+    CopyBlocks = Callable[
+        [
+            int,  # src_origin
+            int,  # dst_origin
+            torch.Tensor,  # src
+            torch.Tensor,  # dst
+            torch.Tensor,  # pairs
+            int,  # page_bytes
             int,  # variant
         ],
         None,
@@ -75,6 +87,8 @@ class Library:
     - ``verify(…)``: as extend, with ``tree_mask`` as one more argument if the spec has one
 
     - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant)``
+    - ``gather(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, variant)``
+    - ``copy_blocks(src_origin, dst_origin, src, dst, pairs, page_bytes, variant)``
 
     which is the library's own, with nothing in between.
 
@@ -87,8 +101,10 @@ class Library:
         "_prepare",
         "_set_num_threads",
         "_workspace_bytes",
+        "copy_blocks",
         "decode",
         "extend",
+        "gather",
         "path",
         "verify",
         "write_kv",
@@ -98,6 +114,8 @@ class Library:
     extend: Extend
     verify: Extend
     write_kv: WriteKV
+    gather: WriteKV
+    copy_blocks: CopyBlocks
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

@@ -16,11 +16,13 @@ runs an exported program imports this module and keeps the pack loaded.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, cast
 
 import torch
 
 from pagedgen.runtime.attention import Attention, loaded
+from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import KVCache, store
 from pagedgen.values.spec import KernelSpec, Op
 
@@ -45,6 +47,7 @@ class Decode(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -70,6 +73,8 @@ class Extend(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -96,6 +101,8 @@ class Verify(Protocol):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        causal: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> torch.Tensor: ...
 
@@ -179,9 +186,12 @@ TENSORS = {
 }
 OPTIONS = (
     "float? softmax_scale=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? sinks=None, "
-    "SymInt? max_seq_len=None, str? spec=None"
+    "Tensor? alibi_slopes=None, SymInt? max_seq_len=None, str? spec=None"
 )
-OWN_OPTIONS = {Op.VERIFY: ", Tensor? tree_mask=None"}
+OWN_OPTIONS = {
+    Op.EXTEND: ", Tensor? causal=None",
+    Op.VERIFY: ", Tensor? causal=None, Tensor? tree_mask=None",
+}
 OUTPUTS = "Tensor(a!) out, Tensor(b!)? lse=None"
 
 
@@ -297,12 +307,36 @@ def _store_kv(
 _store_kv.register_fake(_nothing)
 
 
+def copy_kv_blocks(cache: KVCache, pairs: torch.Tensor) -> None:
+    """:meth:`KVCache.copy_blocks` as an operator, by int64 ``pairs`` ``[n, 2]`` on the device.
+
+    No block that is written may be read too: a pack's kernel copies pairs in no order.
+    """
+    pack = None if cache.copier is None or cache.attention is None else cache.attention.number
+    copy_blocks(
+        cache.blocks, pairs, cache.pools.table, pack, None if cache.copier is None else cache.copier.name
+    )
+
+
 @torch.library.custom_op("pagedgen::copy_blocks", mutates_args=("blocks",))
-def copy_blocks(blocks: torch.Tensor, pairs: torch.Tensor) -> None:
+def copy_blocks(
+    blocks: torch.Tensor,
+    pairs: torch.Tensor,
+    table: torch.Tensor | None = None,
+    pack: int | None = None,
+    spec: str | None = None,
+) -> None:
     """Copy blocks ``[planes, num_blocks, page]`` by int64 ``pairs`` ``[n, 2]`` of (source, destination).
 
-    All sources are read before anything is written. :attr:`KVCache.blocks` is the tensor to give.
+    :attr:`KVCache.blocks` is the tensor to give. With a pack and the blocks' table (:class:`BlockPools`) its
+    kernel copies, in no order; without, all sources are read before anything is written.
     """
+    if pack is not None and table is not None:
+        attention = loaded(pack)
+        page = blocks.shape[2] * blocks.element_size()
+        pools = BlockPools((blocks,), table, (page,) * blocks.shape[0], blocks.shape[1], math.gcd(16, page))
+        attention.copy_blocks(pools, pairs, spec=_spec(attention, spec))
+        return
     blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
 
 

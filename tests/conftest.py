@@ -16,7 +16,7 @@ from pagedgen.runtime import machine
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Resources
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 
 
@@ -73,11 +73,14 @@ def make_spec(
     lse: bool = False,
     k_inner: str = "dim",
     op: str = "decode",
+    causality: str = "causal",
     **masks: Any,
 ) -> KernelSpec:
     """A spec in one line, decode unless ``op`` says otherwise."""
+    masks["causality"] = Causality(causality)
     kv_dtype = DType(kv or q)
-    kv_scale = KVScale(scale) if kv_dtype.is_fp8 else KVScale.NONE
+    as_stored = op == "copy_blocks" or q == kv_dtype  # fp8 without a scale
+    kv_scale = KVScale(scale) if kv_dtype.is_fp8 and not as_stored else KVScale.NONE
     return KernelSpec(
         Op(op), head_dim, *heads, block_size, DType(q), kv_dtype, kv_scale, KInner(k_inner), lse, **masks
     )

@@ -40,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+SERVING = "decode,extend,write_kv"  # what a serving stack calls
 WHERE, WHAT, HOW, OUTPUT = "Where", "What", "How", "Output"
 
 Gpu = Annotated[
@@ -279,6 +280,16 @@ def build(
             metavar="PACK", help="The pack's folder. Default: MODEL.TARGET.pack.", rich_help_panel=OUTPUT
         ),
     ] = None,
+    ops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="decode, extend, verify, write_kv, with the windows, soft cap and sinks of every layer of "
+            "the model; default schedules where nothing is recorded.  "
+            "[dim]\\[default: decode,extend,write_kv with --model, else decode as tuned][/]",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     gpu: Gpu = None,
     cpu: Cpu = False,
     model: Model = None,
@@ -297,6 +308,7 @@ def build(
     """Make a pack from what tuning has recorded: kernels, dispatch table, manifest with SHA-256 of each file.
 
     \b
+      [b]pagedgen build[/] --gpu h100 --model gemma-2-9b        [dim]all that serving it takes[/]
       [b]pagedgen build[/] --gpu a100 --kv-dtype fp8_e4m3 --out llama.a100.pack
     """
     from pagedgen.cli.build import run
@@ -316,8 +328,24 @@ def build(
         kv_scale=kv_scale,
         k_inner=k_inner,
         lse=lse,
+        ops=ops or (SERVING if model is not None else None),
     )
     run(job, out=out, as_json=json)
+
+
+@app.command()
+def inspect(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack's folder.")],
+    json: Json = False,
+) -> None:
+    """Show what is in a pack, for any machine: kernels, verdicts, and what each choice rests on.
+
+    \b
+      [b]pagedgen inspect[/] llama-3-8b.h100-sxm.pack
+    """
+    from pagedgen.cli.inspect import run
+
+    run(pack, as_json=json)
 
 
 @app.command()

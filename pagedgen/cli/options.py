@@ -11,7 +11,7 @@ from pathlib import Path
 from pagedgen.errors import InvalidValue
 from pagedgen.values.model import decode_specs, dtype_pairs, find_model
 from pagedgen.values.schedule import Choice, Schedule
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, parse_dtype
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op, parse_dtype
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import cpu_target, detect, target
 from pagedgen.values.trace import Trace, read_trace, sample_trace
@@ -22,12 +22,17 @@ DEFAULT_MODEL = "llama-3-8b"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The specs and the target that a command was given; ``label`` names them for people and files."""
+    """The specs and the target that a command was given; ``label`` names them for people and files.
+
+    ``serving``: the specs are those of a pack to serve with, several operators with the model's masks, and
+    not decode specs to be tuned.
+    """
 
     target: Target
     specs: tuple[KernelSpec, ...]
     label: str
     warnings: tuple[str, ...] = ()
+    serving: bool = False
 
     @classmethod
     def of(
@@ -46,8 +51,11 @@ class Job:
         kv_scale: str,
         k_inner: str | None,
         lse: bool,
+        ops: str | None = None,
     ) -> Job:
         """From the options' texts; comma lists make a product, and what is not given comes from the model.
+
+        ``ops`` makes it a job of serving specs, of these operators.
 
         Raises:
             InvalidValue, UnknownTarget, UnknownModel, MalformedFile, Unsupported: an option, by name.
@@ -75,6 +83,11 @@ class Job:
             return_lse=lse,
         )
         explicit = own_shape and model is None
+        if ops is not None:
+            if explicit:
+                shape = replace(shape, sliding_window=0, window_layers=0, logit_softcap=0.0, sinks=False)
+            label = f"h{dims[0]}-q{q_heads[0]}-kv{kv_heads[0]}" if explicit else shape.name
+            return cls(where, shape.serving_specs(specs, operators(ops)), label, serving=True)
         label = f"h{dims[0]}-q{q_heads[0]}-kv{kv_heads[0]}" if explicit else shape.name
         return cls(where, specs, label, () if explicit else shape.gaps())
 
@@ -116,6 +129,18 @@ def integers(field: str, text: str | None) -> list[int]:
         except ValueError:
             raise InvalidValue(field, part, "an integer, or a comma list of them, is expected") from None
     return values
+
+
+def operators(text: str) -> list[Op]:
+    """A comma list of operators.
+
+    Raises:
+        InvalidValue: names the part.
+    """
+    for part in split(text):
+        if part not in list(Op):
+            raise InvalidValue("ops", part, f"a comma list of {', '.join(Op)} is expected")
+    return [Op(part) for part in split(text)]
 
 
 def dtypes(field: str, text: str | None) -> list[DType]:

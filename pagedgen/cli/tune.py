@@ -104,16 +104,17 @@ def run(
     tried: list[Decoded] = []
     if out is not None:
         entries = [Entry(r.spec, r.target.name, r.records, r.selection) for r in results]
-        build.write(job.target, entries, out, gate=False)  # they passed just now, or cannot run here
+        parts = [build.Part.of(entry) for entry in entries]
+        build.write(job.target, parts, out, gate=False)  # they passed just now, or cannot run here
         if not as_json:
-            build.report(out, entries, as_json=False)
+            build.report(out, parts, as_json=False)
         if present:
             load_ms, tried = try_pack(out, workloads)
             if not as_json:
                 _show_trial(load_ms, tried)
     if as_json:
         data = [summary(result, workloads[result.spec]) for result in results]
-        pack = build.summary(out, entries) if out is not None else None
+        pack = build.summary(out, parts) if out is not None else None
         console.emit({"results": data, "pack": pack, "decoded": [codec.encode(row) for row in tried]})
 
 

@@ -28,7 +28,7 @@ from pagedgen.runtime.machine import host
 from pagedgen.runtime.pack import open_pack, read_manifest
 from pagedgen.values import codec
 from pagedgen.values.manifest import FORMAT, MANIFEST, FileEntry, KernelEntry, Manifest, Rule
-from pagedgen.values.record import Record
+from pagedgen.values.record import Record, Verdict
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 
@@ -37,6 +37,8 @@ from pagedgen.values.target import Target
 class Choice:
     """What one spec brings to a pack: its kernels, the table that picks one, and the records behind them.
 
+    ``verdicts``, one a kernel, are those of the gate here and now; none where there is no device for it.
+
     Raises:
         InvalidValue: no kernel, kernels of several specs or targets, a record of another spec.
     """
@@ -44,6 +46,7 @@ class Choice:
     binaries: tuple[Binary, ...]
     dispatch: tuple[Rule, ...]
     records: tuple[Record, ...]
+    verdicts: tuple[Verdict, ...] = ()
 
     def __post_init__(self) -> None:
         spec, _ = common(self.binaries)
@@ -129,6 +132,7 @@ def _write_choice(choice: Choice, pack: Path, embed: Embed) -> KernelEntry:
         variants=tuple(binary.source.schedule for binary in choice.binaries),
         dispatch=choice.dispatch,
         records=choice.records,
+        verdicts=choice.verdicts,
     )
 
 

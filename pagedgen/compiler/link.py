@@ -189,11 +189,13 @@ def _assemble_gpu(
     )
     first = binaries[0].source
     literals: Mapping[str, Any] = family_for(spec, first.target).context(spec, first.target, first.schedule)
-    split_only: dict[str, object] = {}
+    own: dict[str, object] = {}
     if spec.op is Op.DECODE:
-        split_only = {"rows": literals["rows"], "programs": literals["programs"]}
+        own = {"rows": literals["rows"], "programs": literals["programs"]}
     elif spec.op is Op.VERIFY:
-        split_only = {"programs": spec.num_kv_heads}
+        own = {"programs": spec.num_kv_heads}
+    elif spec.op is Op.COPY_BLOCKS:
+        own = {"unit_bytes": literals["unit"]}
     source = (
         environment()
         .get_template("launcher/gpu.cc.j2")
@@ -202,7 +204,7 @@ def _assemble_gpu(
             variants=variants,
             align=align,
             max_kv_stride="INT32_MAX",  # block and token strides are 32-bit in the kernels
-            **split_only,
+            **own,
         )
     )
     return Assembly(source, tuple(files), ())

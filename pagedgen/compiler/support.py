@@ -8,7 +8,7 @@ from typing import Any
 
 from pagedgen.compiler.families import family_for
 from pagedgen.errors import InvalidValue, Unsupported
-from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 
 BASE = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.F16, DType.F16)
@@ -54,8 +54,10 @@ class Proof:
 def _spec(op: Op, changes: dict[str, Any]) -> KernelSpec | None:
     """The base with changes for an operator; None where that is no legal spec."""
     fields = {field: getattr(BASE, field) for field in BASE.__dataclass_fields__} | {"op": op} | changes
-    if op is Op.WRITE_KV:  # which has no query heads
+    if op in MOVES:  # which have no query heads
         fields["num_q_heads"] = fields["num_kv_heads"]
+    if op is Op.COPY_BLOCKS:  # which knows no other type than the pool's
+        fields |= {"q_dtype": fields["kv_dtype"], "kv_scale": KVScale.NONE}
     try:
         return KernelSpec(**fields)
     except InvalidValue:

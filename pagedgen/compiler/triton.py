@@ -19,12 +19,23 @@ from pagedgen.values.record import Resources
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec
 
-POINTER_TYPES = {DType.F16: "*fp16", DType.BF16: "*bf16", DType.F32: "*fp32"}
+# FP8 is handled as bytes.
+POINTER_TYPES = {
+    DType.F16: "*fp16",
+    DType.BF16: "*bf16",
+    DType.F32: "*fp32",
+    DType.FP8_E4M3: "*u8",
+    DType.FP8_E5M2: "*u8",
+}
+ALIGNED_POINTERS = (
+    *("q_ptr", "out_ptr", "partial_ptr", "partial_lse_ptr"),
+    *("new_k_ptr", "new_v_ptr", "out_k_ptr", "out_v_ptr", "src_origin_ptr", "dst_origin_ptr"),
+)
 
 
 def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     """Triton types of the kernel's arguments, by name."""
-    kv = "*u8" if spec.kv_dtype.is_fp8 else POINTER_TYPES[spec.kv_dtype]
+    kv = POINTER_TYPES[spec.kv_dtype]
     known = {
         "q_ptr": POINTER_TYPES[spec.q_dtype],
         "out_ptr": POINTER_TYPES[spec.q_dtype],
@@ -35,8 +46,18 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "cu_seqlens_q_ptr": "*i32",
         "new_k_ptr": POINTER_TYPES[spec.q_dtype],
         "new_v_ptr": POINTER_TYPES[spec.q_dtype],
+        "out_k_ptr": POINTER_TYPES[spec.q_dtype],
+        "out_v_ptr": POINTER_TYPES[spec.q_dtype],
         "slot_mapping_ptr": "*i64",
+        "src_origin_ptr": "*i32",
+        "dst_origin_ptr": "*i32",
+        "src_ptr": "*i64",
+        "dst_ptr": "*i64",
+        "pairs_ptr": "*i64",
+        "num_pools": "i32",
+        "chunks": "i32",
         "tree_mask_ptr": "*i64",
+        "causal_ptr": "*u8",
         "num_tokens": "i32",
         "counter_ptr": "*i32",
         "qk_scale": "fp32",
@@ -59,9 +80,11 @@ def alignment_of(spec: KernelSpec, name: str) -> int:
         return kv_align(spec)
     if name.startswith(("k_stride", "v_stride")):
         return kv_align(spec) // spec.kv_dtype.size
-    if name.startswith(("q_stride", "out_stride", "new_k_stride", "new_v_stride")):
+    if name.startswith(
+        ("q_stride", "out_stride", "new_k_stride", "new_v_stride", "out_k_stride", "out_v_stride")
+    ):
         return 8  # head_dim is a multiple of 8
-    if name in ("q_ptr", "out_ptr", "new_k_ptr", "new_v_ptr", "partial_ptr", "partial_lse_ptr"):
+    if name in ALIGNED_POINTERS:
         return 16
     return 1
 

@@ -20,7 +20,7 @@ import torch
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.record import Verdict
-from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op
 
 F32_WEIGHT = 4e-6
 EPS = {DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
@@ -484,15 +484,15 @@ def gate(
 ) -> Verdict:
     """Try one variant on every case (:func:`cases_of` unless given), twice each on one workspace.
 
-    A write_kv kernel has cases of its own (:mod:`pagedgen.compiler.verify_write`).
+    Kernels that move K and V have cases of their own (:mod:`pagedgen.compiler.verify_moves`).
 
     ``wrap`` may turn a call into another way of making it (CUDA-graph capture and replay).
     """
     device = torch.device(device)
-    if spec.op is Op.WRITE_KV:
-        from pagedgen.compiler.verify_write import gate_write
+    if spec.op in MOVES:
+        from pagedgen.compiler.verify_moves import gate_move
 
-        return gate_write(callee, spec, variant, device, seed, wrap)
+        return gate_move(callee, spec, variant, device, seed, wrap)
     cases = cases_of(spec, seed) if cases is None else cases
     most = max(len(case.seq_lens) for case in cases)
     size = callee.workspace_bytes(most)

@@ -1,48 +1,14 @@
-"""The gate of write_kv: every byte of the pool is what torch's own clamp, cast and scatter leave there."""
+"""A case of write_kv's gate: every byte of the pool is what torch's clamp, cast and scatter leave there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pagedgen.compiler.verify import POOLS, Pool, empty_pool
-from pagedgen.errors import ArgumentError
+from pagedgen.compiler.verify import Pool, empty_pool
 from pagedgen.runtime.attention import TORCH_DTYPES
-from pagedgen.values.record import Verdict
 from pagedgen.values.spec import KernelSpec, KVScale
-
-COUNTS = (1, 77, 300)  # tokens: one, an odd number, several programs
-
-
-def gate_write(
-    callee: Any,
-    spec: KernelSpec,
-    variant: int,
-    device: torch.device,
-    seed: int,
-    wrap: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
-) -> Verdict:
-    """Try one variant on pools of every layout, with slots out of order and padding among them."""
-    for number, (count, pool) in enumerate(zip(COUNTS, POOLS, strict=True)):
-        case = WriteCase(spec, count, pool, device, seed + number)
-
-        def call(case: WriteCase = case) -> None:
-            callee.write_kv(
-                case.new_k, case.new_v, case.slots, case.k, case.v, case.k_scale, case.v_scale, variant
-            )
-
-        try:
-            (wrap(call) if wrap else call)()
-        except ArgumentError:
-            raise
-        except Exception as problem:  # any failure of a candidate is a verdict, not a crash of the search
-            return Verdict(False, number + 1, float("inf"), 0.0, seed, f"call failed: {problem}")
-        if reason := case.judge():
-            where = f"{reason} (case {number}: {count} tokens, pool {pool})"
-            return Verdict(False, number + 1, float("inf"), 0.0, seed, where)
-    return Verdict(True, len(COUNTS), 0.0, 0.0, seed)
 
 
 class WriteCase:
@@ -92,6 +58,12 @@ class WriteCase:
         blocks = self.slots[kept] // spec.block_size
         result[blocks, self.slots[kept] % spec.block_size] = new[kept]
         return result
+
+    def call(self, callee: Any, variant: int) -> None:
+        """Call the operator."""
+        callee.write_kv(
+            self.new_k, self.new_v, self.slots, self.k, self.v, self.k_scale, self.v_scale, variant
+        )
 
     def judge(self) -> str:
         """Why the pools are wrong, or nothing."""

@@ -134,24 +134,28 @@ class ServingPack:
         names = ", ".join(spec.name for spec in missing)
         have = sorted(spec.name for spec in self.specs)
         held = ", ".join(have[:SHOWN]) + (f" and {len(have) - SHOWN} more" if len(have) > SHOWN else "")
-        how = command(layer, missing[0].block_size, self.k_inner, cpu=self.pack.manifest.kind == "cpu")
-        if any(spec.op is not Op.DECODE or spec.masks for spec in missing):
-            # What the command tunes today; the rest is built by hand.
-            how += "\n  That tunes decode without masks; docs/serving.md shows how the others are built."
+        how = command(layer, missing[0].block_size, self.k_inner, self.pack.manifest.target)
         return f"{self.pack.path}: it has no {names}; it holds {held}. To get them:\n  {how}"
 
 
-def command(layer: Layer, block_size: int, k_inner: KInner, *, cpu: bool) -> str:
-    """The command that tunes kernels for a layer's shape and builds a pack of them."""
-    parts = [
-        "pagedgen tune",
-        *(["--cpu"] if cpu else []),
-        f"--head-dim {layer.head_dim} --num-q-heads {layer.num_q_heads} --num-kv-heads {layer.num_kv_heads}",
-        f"--block-size {block_size} --q-dtype {layer.q_dtype} --kv-dtype {layer.kv_dtype}",
-        f"--k-inner {k_inner}",
-        "--out model.pack",
-    ]
-    return " ".join(parts)
+def command(layer: Layer, block_size: int, k_inner: KInner, target: str) -> str:
+    """The command that builds a pack with a layer's kernels.
+
+    Masks come from the model, whose folder the reader fills in; a layer without any is stated in full.
+    """
+    where = "--cpu" if target == "cpu" else f"--gpu {target}"
+    types = (
+        f"--block-size {block_size} --q-dtype {layer.q_dtype} --kv-dtype {layer.kv_dtype} --k-inner {k_inner}"
+    )
+    if layer.window is None and layer.logits_soft_cap is None and not layer.sinks:
+        heads = f"--num-q-heads {layer.num_q_heads} --num-kv-heads {layer.num_kv_heads}"
+        ops = f"--ops {','.join(OPERATORS)}"
+        return f"pagedgen build {where} --head-dim {layer.head_dim} {heads} {types} {ops} --out model.pack"
+    return (
+        f"pagedgen build {where} --model PATH {types} --out model.pack\n"
+        "  with the model's folder or config.json for PATH (and --tp N for one of N ranks): it has the\n"
+        "  masks of every layer"
+    )
 
 
 @cache

@@ -7,11 +7,11 @@ rendered source of each, for readers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pagedgen.errors import InvalidValue
 from pagedgen.values import codec
-from pagedgen.values.record import Record
+from pagedgen.values.record import Record, Verdict
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 
@@ -54,9 +54,13 @@ class KernelEntry:
     library: str  # path of the host library in the pack
     variants: tuple[Schedule, ...]
     dispatch: tuple[Rule, ...]
-    records: tuple[Record, ...]  # what each choice rests on
+    records: tuple[Record, ...]  # what each choice rests on; none: the family's default schedule
+    # Of each variant where the pack was built beside such a device; the records have those of tuning.
+    verdicts: tuple[Verdict, ...] = field(default=(), metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
+        if self.verdicts and len(self.verdicts) != len(self.variants):
+            raise InvalidValue("verdicts", len(self.verdicts), f"none, or {len(self.variants)}, are allowed")
         if not self.dispatch:
             raise InvalidValue("dispatch", (), "at least one row is expected")
         for rule in self.dispatch:

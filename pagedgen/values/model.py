@@ -97,6 +97,30 @@ class Model:
             said.append("heads have learned sinks; kernels have none (merge the sink through the LSE)")
         return tuple(f"{self.name}: {sentence}" for sentence in said)
 
+    def serving_specs(self, shapes: Sequence[KernelSpec], ops: Sequence[Op]) -> tuple[KernelSpec, ...]:
+        """What every layer of the model needs to be served: operators with the masks of each kind of layer.
+
+        Args:
+            shapes: decode specs without masks, for the shape, the types and the layout.
+            ops: the operators.
+
+        Returns:
+            Each spec once, in the order of ``shapes`` and ``ops``; layers with a window before those without.
+        """
+        windows = [self.sliding_window] if self.window_layers else []
+        if self.window_layers < self.num_layers:
+            windows.append(0)
+        found: dict[KernelSpec, None] = {}
+        for shape, op in itertools.product(shapes, ops):
+            if op is Op.WRITE_KV:
+                found[replace(shape, op=op, num_q_heads=shape.num_kv_heads, return_lse=False)] = None
+                continue
+            for window in windows:
+                cap = self.logit_softcap or None
+                masks = {"window": window or None, "logits_soft_cap": cap, "sinks": self.sinks}
+                found[replace(shape, op=op, **masks)] = None  # type: ignore[arg-type]
+        return tuple(found)
+
     def specs(
         self,
         *,

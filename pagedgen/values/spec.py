@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import total_ordering
@@ -17,6 +18,11 @@ class Op(StrEnum):
     EXTEND = "extend"  # each sequence's last tokens as queries, causal: prompts, chunks, decodes mixed in
     VERIFY = "verify"  # a few queries a sequence, drafted tokens in a line or a tree, at the speed of decode
     WRITE_KV = "write_kv"  # new tokens' K and V to their slots in the pool, quantised where it is fp8
+    COPY_BLOCKS = "copy_blocks"  # whole blocks, in the pools of all layers at once
+    GATHER = "gather"  # tokens' K and V from their slots, one after the other, dequantised or as stored
+
+
+MOVES = (Op.WRITE_KV, Op.COPY_BLOCKS, Op.GATHER)  # operators without queries: they compute no attention
 
 
 class DType(StrEnum):
@@ -111,7 +117,10 @@ class KernelSpec:
     ``head_dim`` itself, which becomes None: all have ``head_dim``.
 
     ``write_kv`` stores new K and V, ``[num_tokens, num_kv_heads, head_dim]`` in ``q_dtype``, and has no query
-    heads: ``num_q_heads`` is ``num_kv_heads``, and masks and an LSE are refused.
+    heads: ``num_q_heads`` is ``num_kv_heads``, and masks and an LSE are refused. The same holds for
+    ``gather``, its inverse, and ``copy_blocks``. Where they leave K and V as they are stored, fp8 included,
+    ``q_dtype`` is ``kv_dtype`` and ``kv_scale`` none: always for ``copy_blocks``; for ``gather`` from an fp8
+    pool the other choice is a wider ``q_dtype`` and a scale, which values are multiplied with.
 
     Masks and modifiers, any of them together where nothing else is said:
 
@@ -174,14 +183,7 @@ class KernelSpec:
             )
         if not 1 <= self.block_size <= 1 << 16:
             raise InvalidValue("block_size", self.block_size, "1 to 65536 tokens is allowed")
-        if self.q_dtype.is_fp8:
-            raise InvalidValue("q_dtype", self.q_dtype.value, "allowed: f32, f16, bf16")
-        if not self.kv_dtype.is_fp8 and self.kv_dtype != self.q_dtype:
-            allowed = f"q_dtype ({self.q_dtype}) or an fp8 type is allowed"
-            raise InvalidValue("kv_dtype", self.kv_dtype.value, allowed)
-        if self.kv_dtype.is_fp8 == (self.kv_scale is KVScale.NONE):
-            allowed = "fp8 takes 'tensor' or 'head', other types take 'none'"
-            raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
+        self._check_types()
         for name, reach in (("window", self.window), ("attention_chunk", self.attention_chunk)):
             if reach is not None and not (type(reach) is int and 1 <= reach <= MAX_WINDOW):
                 raise InvalidValue(name, reach, f"1 to {MAX_WINDOW} tokens, or None, is allowed")
@@ -202,8 +204,30 @@ class KernelSpec:
             allowed = "causal is allowed with tree_mask, which says itself what a query sees"
             raise InvalidValue("causality", self.causality.value, allowed)
 
-        if self.op is Op.WRITE_KV:
+        if self.op in MOVES:
             self._refuse_attention()
+
+    def _check_types(self) -> None:
+        as_stored = self.q_dtype == self.kv_dtype and self.kv_scale is KVScale.NONE
+        if self.op is Op.COPY_BLOCKS and not as_stored:
+            if self.q_dtype != self.kv_dtype:
+                allowed = f"kv_dtype ({self.kv_dtype}) is allowed: blocks are copied as they are"
+                raise InvalidValue("q_dtype", self.q_dtype.value, allowed)
+            allowed = "'none' is allowed: blocks are copied as they are"
+            raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
+        if self.op in (Op.COPY_BLOCKS, Op.GATHER) and as_stored:
+            if self.op is Op.COPY_BLOCKS and self.k_inner is not KInner.DIM:
+                allowed = "dim is allowed: blocks are copied as they are, whichever axis is innermost"
+                raise InvalidValue("k_inner", self.k_inner.value, allowed)
+            return
+        if self.q_dtype.is_fp8:
+            raise InvalidValue("q_dtype", self.q_dtype.value, "allowed: f32, f16, bf16")
+        if not self.kv_dtype.is_fp8 and self.kv_dtype != self.q_dtype:
+            allowed = f"q_dtype ({self.q_dtype}) or an fp8 type is allowed"
+            raise InvalidValue("kv_dtype", self.kv_dtype.value, allowed)
+        if self.kv_dtype.is_fp8 == (self.kv_scale is KVScale.NONE):
+            allowed = "fp8 takes 'tensor' or 'head', other types take 'none'"
+            raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
 
     def _refuse_attention(self) -> None:
         """Refuse what only operators with queries have."""
@@ -270,12 +294,18 @@ class KernelSpec:
         return self.num_kv_heads * (self.head_dim + self.v_dim) * self.kv_dtype.size
 
     @property
+    def page_align(self) -> int:
+        """Bytes, 16 at most, that the pages of a block are multiples of: K's, V's, and both together."""
+        rows = self.block_size * self.num_kv_heads * self.kv_dtype.size
+        return math.gcd(16, rows * self.head_dim, rows * self.v_dim)
+
+    @property
     def name(self) -> str:
         """Readable and unique among specs: ``decode-h128-q32-kv8-b16-f16-kvf8e4m3``."""
         parts = [
             self.op.value,
             f"h{self.head_dim}" if self.head_dim_v is None else f"h{self.head_dim}v{self.head_dim_v}",
-            *(() if self.op is Op.WRITE_KV else (f"q{self.num_q_heads}",)),
+            *(() if self.op in MOVES else (f"q{self.num_q_heads}",)),
             f"kv{self.num_kv_heads}",
             f"b{self.block_size}",
             self.q_dtype.short,

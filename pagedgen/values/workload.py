@@ -100,8 +100,12 @@ class Workload:
         return max(self.seq_lens)
 
     def kv_bytes(self, spec: KernelSpec) -> int:
-        """Bytes of K and V that one call has to read: the figure that GB/s are stated on."""
-        return self.num_tokens * spec.kv_bytes_per_token
+        """Bytes of K and V that one call has to read, those that some query sees: what GB/s are stated on."""
+        tokens = 0
+        for q_len, seq_len in zip(self.lens_of_queries, self.seq_lens, strict=True):
+            if q_len:
+                tokens += seq_len - spec.visible(seq_len - q_len, seq_len).start
+        return tokens * spec.kv_bytes_per_token
 
     def flops(self, spec: KernelSpec) -> int:
         """Of both matrix products, for the keys that each query sees: what TFLOP/s are stated on."""

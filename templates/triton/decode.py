@@ -31,7 +31,7 @@ def block_h(spec: KernelSpec) -> int:
     At most 128, and no more than leave rows x head_dim accumulators in the registers of 8 warps; a larger
     group takes several programs, which read the same K and V.
     """
-    most = min(128, 16384 // next_power_of_two(spec.head_dim))
+    most = min(128, 16384 // next_power_of_two(max(spec.head_dim, spec.v_dim)))
     return min(most, max(16, next_power_of_two(spec.group_size)))
 
 
@@ -41,9 +41,14 @@ def head_blocks(spec: KernelSpec) -> int:
 
 
 def kv_align(spec: KernelSpec) -> int:
-    """Bytes that K's and V's pointers and strides must be multiples of: 16 where head_dim allows it."""
-    row = spec.head_dim * spec.kv_dtype.size
-    return min(16, row & -row)
+    """Bytes that K's and V's pointers and strides are multiples of: 16 where the lengths of rows allow it."""
+    rows = (spec.head_dim | spec.v_dim) * spec.kv_dtype.size
+    return min(16, rows & -rows)
+
+
+def bounded(spec: KernelSpec) -> bool:
+    """Whether a window or a chunk bounds what a query sees: tiles before it are skipped."""
+    return spec.window is not None or spec.attention_chunk is not None
 
 
 def addressing(spec: KernelSpec, tile: int) -> str:
@@ -81,17 +86,20 @@ class Part:
     width: int
 
 
-def loads_of(spec: KernelSpec, num_warps: int, rows: int, *, whole: bool = False) -> tuple[Load, ...]:
+def loads_of(
+    spec: KernelSpec, num_warps: int, rows: int, *, whole: bool = False, of_v: bool = False
+) -> tuple[Load, ...]:
     """Cover head_dim by power-of-two loads; columns that are padding are masked and cost no memory traffic.
 
-    One load of the ``whole`` row, or pieces that pad less.
+    Of a row of K, or ``of_v``; one load of the ``whole`` row, or pieces that pad less.
 
     80 halves are 64 + 32, not 128. Where the padded rest is as wide as the first piece, one masked load costs
     the same and is simpler. With several warps, no piece is as narrow as the tile has rows: Triton spreads
     warps over the longer side of a product, and 16 rows on 4 warps would repeat the whole tile in each of
     them (counted: 4 x the HMMAs).
     """
-    columns = spec.head_dim // 2 if spec.kv_dtype.is_fp8 else spec.head_dim
+    dim = spec.v_dim if of_v else spec.head_dim
+    columns = dim // 2 if spec.kv_dtype.is_fp8 else dim
     narrowest = 2 * rows if rows < 64 and num_warps > 1 else 16
     if columns <= narrowest:
         return (Load(0, narrowest, columns),)
@@ -105,6 +113,11 @@ def loads_of(spec: KernelSpec, num_warps: int, rows: int, *, whole: bool = False
     if padded >= first:
         return (Load(0, 2 * first, columns),)
     return (Load(0, first, first), Load(first, padded, rest))
+
+
+def width_of(spec: KernelSpec, loads: Sequence[Load]) -> int:
+    """Elements that the loads of a row cover, padding included."""
+    return sum(load.width for load in loads) * (2 if spec.kv_dtype.is_fp8 else 1)
 
 
 def parts_of(spec: KernelSpec, loads: Sequence[Load]) -> tuple[Part, ...]:
@@ -131,7 +144,8 @@ class TritonDecode(Family):
     shared = tuple(
         TEMPLATES / "triton" / n for n in ("worklist.j2", "pages.j2", "fp8.j2", "merge.j2", "masks.j2")
     )
-    masks = ("window", "logits_soft_cap", "sinks")
+    masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk")
+    v_dims = True
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -159,10 +173,10 @@ class TritonDecode(Family):
         rows: tuple[Choice, ...] = (block_h(spec),)
         if target.kind == "cuda" and target.arch == "sm_90" and block_h(spec) == 32:
             rows = (32, 64)  # never the faster for 16
-        several = len(loads_of(spec, 1, block_h(spec))) > 1
+        several = any(len(loads_of(spec, 1, block_h(spec), of_v=v)) > 1 for v in (False, True))
         columns: tuple[Choice, ...] = ("pieces", "whole") if several else ("pieces",)
         # Tiles of narrow heads are soon done: one warp needs no barriers, and many hide each other's waits.
-        narrow = spec.head_dim <= 64 and block_h(spec) == 16
+        narrow = max(spec.head_dim, spec.v_dim) <= 64 and block_h(spec) == 16
         return (
             Field(
                 "rows", rows, rows[0], "query-head rows of a tile; 64 for wgmma, which reads shared memory"
@@ -305,14 +319,14 @@ class TritonDecode(Family):
         tile, warps, stages = schedule.int("tile"), schedule.int("num_warps"), schedule.int("num_stages")
         ids, lanes = addressing(spec, schedule.int("tile")), schedule.int("seq_lanes")
         rows, whole = schedule.int("rows"), schedule["columns"] == "whole"
-        loads = loads_of(spec, warps, rows, whole=whole)
-        width = sum(load.width for load in loads) * (2 if spec.kv_dtype.is_fp8 else 1)
-        tile_bytes = 2 * tile * width * spec.kv_dtype.size
+        width = width_of(spec, loads_of(spec, warps, rows, whole=whole))
+        v_width = width_of(spec, loads_of(spec, warps, rows, whole=whole, of_v=True))
+        tile_bytes = tile * (width + v_width) * spec.kv_dtype.size
         programs = spec.num_kv_heads * head_blocks(spec)
         partitions = max(1, cdiv(target.num_sms * schedule.int("waves"), programs))
         lens = workload.seq_lens
-        if spec.window is not None:  # tiles before the window are skipped
-            lens = tuple(n - max(n - spec.window, 0) // tile * tile for n in lens)
+        if bounded(spec):  # tiles before what the query sees are skipped
+            lens = tuple(n - spec.visible(n - 1, n).start // tile * tile for n in lens)
         tiles = sum(cdiv(n, tile) for n in lens)  # of one KV head
         if schedule["split"] == "even":
             share = max(1, cdiv(tiles, partitions))
@@ -328,7 +342,7 @@ class TritonDecode(Family):
             str(schedule["fp8_decode"])
         ]
         per_tile += {"gather": 400.0, "page": 0.0, "scalar": -100.0}[ids] + (180.0 if warps >= 4 else 0.0)
-        slots = per_tile * tile / 64 * width / 128 * (1 + 0.4 * (rows / 16 - 1)) + 100.0 * warps
+        slots = per_tile * tile / 64 * (width + v_width) / 256 * (1 + 0.4 * (rows / 16 - 1)) + 100.0 * warps
         return {
             "tile": tile,
             "num_warps": warps,
@@ -341,7 +355,8 @@ class TritonDecode(Family):
             "smem_per_sm": target.smem_per_sm,
             "regs_per_sm": target.regs_per_sm,
             "max_threads_per_sm": target.max_threads_per_sm,
-            "acc_regs": rows * width / (32 * warps) + tile_bytes / spec.kv_dtype.size / (2 * 32 * warps) / 2,
+            "acc_regs": rows * v_width / (32 * warps)
+            + tile_bytes / spec.kv_dtype.size / (2 * 32 * warps) / 2,
             "kv_bytes": sum(lens) * spec.kv_bytes_per_token,
             "bandwidth_gbs": target.bandwidth_gbs
             * 0.88,  # reads reach 92% of the published rate, kernels 95%
@@ -349,7 +364,7 @@ class TritonDecode(Family):
             "tiles": max(1, tiles),
             "pieces": max(1, pieces),
             "buffers": buffers,
-            "mma_flops": 4.0 * rows * width * tiles * tile,
+            "mma_flops": 2.0 * rows * (width + v_width) * tiles * tile,
             "slots_per_tile": slots,
             "clock_mhz": 1755,
             "issue_rate": 0.38,  # instructions a scheduler and cycle
@@ -374,14 +389,22 @@ class TritonDecode(Family):
     ) -> Mapping[str, object]:
         """Literals for the Jinja source."""
         is_fp8 = spec.kv_dtype.is_fp8
-        loads = loads_of(
-            spec, schedule.int("num_warps"), schedule.int("rows"), whole=schedule["columns"] == "whole"
+        loads, v_loads = (
+            loads_of(
+                spec,
+                schedule.int("num_warps"),
+                schedule.int("rows"),
+                whole=schedule["columns"] == "whole",
+                of_v=of_v,
+            )
+            for of_v in (False, True)
         )
+        own = "" if spec.head_dim_v is None else "v_"  # names of V's columns, where they are not K's
         decode = str(schedule["fp8_decode"])
         row_scaled = is_fp8 and spec.q_dtype is DType.BF16
         tile = schedule.int("tile")
         rows = min(block_h(spec), spec.group_size)
-        merge_rows, merge_dims = next_power_of_two(rows), next_power_of_two(spec.head_dim)
+        merge_rows, merge_dims = next_power_of_two(rows), next_power_of_two(spec.v_dim)
         at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // (merge_rows * merge_dims)
         return {
             "spec": spec,
@@ -396,7 +419,8 @@ class TritonDecode(Family):
             "compute_type": "tl.float16" if is_fp8 else TRITON_TYPES[spec.kv_dtype],
             "out_type": TRITON_TYPES[spec.q_dtype],
             "row_scaled": row_scaled,
-            "head_dim": spec.head_dim,
+            "v_dim": spec.v_dim,
+            "bounded": bounded(spec),
             "block_size": spec.block_size,
             "group_size": spec.group_size,
             "block_h": schedule.int("rows"),
@@ -409,9 +433,13 @@ class TritonDecode(Family):
             "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
             "loads": loads,
-            "dims": "dim" if is_fp8 else "col",  # names of the columns of q and out
+            "v_loads": v_loads,
+            "v_col": f"{own}col",
+            "dims": "dim" if is_fp8 else "col",  # names of the columns of q, and of out
+            "v_dims": f"{own}dim" if is_fp8 else f"{own}col",
             "words": 2 if is_fp8 else 1,  # elements in one
             "parts": parts_of(spec, loads),
+            "v_parts": parts_of(spec, v_loads),
             "tile": tile,
             "num_stages": schedule.int("num_stages"),
             "split": str(schedule["split"]),

@@ -9,14 +9,16 @@ from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.templates.triton.decode import (
     TRITON_TYPES,
     Load,
+    bounded,
     cdiv,
     kv_align,
     loads_of,
+    width_of,
 )
 from pagedgen.values.schedule import Choice, Schedule
-from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
-from pagedgen.values.workload import Workload, kv_pairs
+from pagedgen.values.workload import Workload, visible_pairs
 
 LEVELS = 16  # of reach that tiles are sorted into: programs that end a call are within 1/16 of the longest
 
@@ -27,8 +29,47 @@ def operands(spec: KernelSpec, loads: tuple[Load, ...]) -> tuple[tuple[str, int]
     return tuple((f"{i}{half}", load.width) for i, load in enumerate(loads) for half in halves)
 
 
+def sees(spec: KernelSpec) -> str:
+    """What queries see, in words for a kernel's head."""
+    words = {
+        Causality.CAUSAL: "causal",
+        Causality.FULL: "not causal",
+        Causality.PER_SEQUENCE: "causal where the call says so",
+    }[spec.causality]
+    words += f", a window of {spec.window}" if spec.window else ""
+    return words + (f", chunks of {spec.attention_chunk}" if spec.attention_chunk else "")
+
+
+def distance(spec: KernelSpec) -> str:
+    """Source text of how far a tile's tokens are from the rows' own, for ALiBi."""
+    ahead = (
+        spec.causality is not Causality.CAUSAL or spec.tree_mask
+    )  # tokens behind a row's own are seen, too
+    away = "positions[:, None] - pos - tokens[None, :]"
+    return f"tl.abs({away})" if ahead else away
+
+
+def rows_context(
+    spec: KernelSpec, loads: tuple[Load, ...], v_loads: tuple[Load, ...]
+) -> Mapping[str, object]:
+    """What extend's and verify's templates share beside the tile: masks, columns of K and of V."""
+    own = "" if spec.head_dim_v is None else "v_"  # names of V's columns, where they are not K's
+    return {
+        "bounded": bounded(spec),
+        "per_sequence": spec.causality is Causality.PER_SEQUENCE,
+        "sees": sees(spec),
+        "distance": distance(spec),
+        "loads": loads,
+        "v_loads": v_loads,
+        "v_col": f"{own}col",
+        "v_dims": f"{own}dim",
+        "parts": operands(spec, loads),
+        "v_parts": operands(spec, v_loads),
+    }
+
+
 class TritonExtend(Family):
-    """Causal attention of ragged query runs, rows of a GQA group packed into the tile.
+    """Attention of ragged query runs, rows of a GQA group packed into the tile.
 
     Tiled online softmax with the unmasked loop apart from the causal diagonal follows FlashAttention-2 (Dao,
     2023).
@@ -38,7 +79,8 @@ class TritonExtend(Family):
     kind = "cuda"
     source = TEMPLATES / "triton" / "extend.py.j2"
     shared = tuple(TEMPLATES / "triton" / n for n in ("extend_tiles.j2", "pages.j2", "fp8.j2", "masks.j2"))
-    masks = ("window", "logits_soft_cap", "sinks")
+    masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality")
+    v_dims = True
     # ptxas keeps the shared-memory addresses of Q in registers that it then spills: 352 B are 59 of the 875
     # instructions of a 128 x 64 tile of 4 warps, and two such programs fit on an SM, where 8 warps are one.
     spill_bytes = 512
@@ -66,7 +108,7 @@ class TritonExtend(Family):
             decodes = ("cvt", "bits") if target.fp8_convert and target.kind == "cuda" else ("bits",)
             if target.kind == "hip":
                 decodes = ("plain",)
-        width = sum(load.width for load in loads_of(spec, 1, 16)) * (2 if spec.kv_dtype.is_fp8 else 1)
+        width = max(width_of(spec, loads_of(spec, 1, 16, of_v=v)) for v in (False, True))
         # Where matrix products read K and V from shared memory, registers are left for a longer tile.
         from_smem = target.kind == "cuda" and target.capability // 10 in (9, 10)
         tile = 64 if width <= 128 or from_smem else 32
@@ -195,27 +237,27 @@ class TritonExtend(Family):
         tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
         warps, stages = schedule.int("num_warps"), schedule.int("num_stages")
         ids, group = str(schedule["ids"]), spec.group_size
-        width = sum(load.width for load in loads_of(spec, 1, 16)) * (2 if spec.kv_dtype.is_fp8 else 1)
+        width, v_width = (width_of(spec, loads_of(spec, 1, 16, of_v=v)) for v in (False, True))
         programs, kv_tiles, memory = 0, 0, 0
         for seq_len, q_len in zip(workload.seq_lens, workload.lens_of_queries, strict=True):
             if not q_len:
                 continue
             mine = cdiv(q_len * group, tile_m)
             rows = max(1, tile_m // group)  # query tokens of a tile
-            seen = kv_pairs(q_len, seq_len, spec.window) // q_len + rows  # KV tokens a tile works through
+            seen = visible_pairs(spec, q_len, seq_len) // q_len + rows  # KV tokens a tile works through
             programs += mine
             kv_tiles += mine * cdiv(seen, tile)
-            memory += min(seq_len, q_len + spec.window) if spec.window else seq_len
+            memory += seq_len - spec.visible(seq_len - q_len, seq_len).start
         programs, kv_tiles = programs * spec.num_kv_heads, kv_tiles * spec.num_kv_heads
         threads = 32 * warps
         decode = {"none": 0.0, "cvt": 0.75, "bits": 1.0, "plain": 2.0}[str(schedule["fp8_decode"])]
         # Per warp-instruction: scores take about 8 each, V and K's addresses and copies 16 bytes a thread.
         slots = tile_m * tile * (8 + (6 if spec.logits_soft_cap else 0)) / 32
-        slots += 2 * tile * width * (spec.kv_dtype.size / 16 * 5 + decode) / 32
+        slots += tile * (width + v_width) * (spec.kv_dtype.size / 16 * 5 + decode) / 32
         slots += {"gather": 5.0, "page": 2.0, "scalar": 0.5}[ids] * tile + tile_m * width / 32 + 60 * warps
         buffers = max(1, stages if schedule.int("prefetch_ids") else stages - 1)
-        smem = tile_m * width * 2 + 2 * tile * width * spec.kv_dtype.size * buffers
-        smem += 2 * tile * width * 2 if spec.kv_dtype.is_fp8 else 0  # decoded K and V
+        smem = tile_m * width * 2 + tile * (width + v_width) * spec.kv_dtype.size * buffers
+        smem += tile * (width + v_width) * 2 if spec.kv_dtype.is_fp8 else 0  # decoded K and V
         return {
             "tile": tile,
             "tile_m": tile_m,
@@ -228,8 +270,8 @@ class TritonExtend(Family):
             "smem_per_sm": target.smem_per_sm,
             "regs_per_sm": target.regs_per_sm,
             "max_threads_per_sm": target.max_threads_per_sm,
-            "tile_regs": tile_m * (width + tile) / threads,
-            "mma_flops": 4.0 * tile_m * tile * width * kv_tiles,
+            "tile_regs": tile_m * (v_width + tile) / threads,
+            "mma_flops": 2.0 * tile_m * tile * (width + v_width) * kv_tiles,
             "mma_share": 0.65 if tile_m >= 64 and warps % 4 == 0 else 0.4,
             "f16_tflops": max(1.0, target.f16_tflops),
             "kv_bytes": float(memory * spec.kv_bytes_per_token),
@@ -254,7 +296,7 @@ class TritonExtend(Family):
         """Literals for the Jinja source."""
         is_fp8 = spec.kv_dtype.is_fp8
         decode = str(schedule["fp8_decode"])
-        tile, loads = schedule.int("tile"), loads_of(spec, 1, 16)
+        tile = schedule.int("tile")
         return {
             "spec": spec,
             "target": target,
@@ -272,9 +314,8 @@ class TritonExtend(Family):
             "group_size": spec.group_size,
             "num_kv_heads": spec.num_kv_heads,
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
-            "loads": loads,
+            **rows_context(spec, loads_of(spec, 1, 16), loads_of(spec, 1, 16, of_v=True)),
             "per_word": 2 if is_fp8 else 1,  # elements
-            "parts": operands(spec, loads),
             "tile_m": schedule.int("tile_m"),
             "tile": tile,
             "num_stages": schedule.int("num_stages"),

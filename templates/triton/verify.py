@@ -9,12 +9,14 @@ from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.templates.triton.decode import (
     TRITON_TYPES,
     addressing,
+    bounded,
     cdiv,
     kv_align,
     loads_of,
     next_power_of_two,
+    width_of,
 )
-from pagedgen.templates.triton.extend import operands
+from pagedgen.templates.triton.extend import rows_context
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
@@ -36,7 +38,8 @@ class TritonVerify(Family):
         TEMPLATES / "triton" / n
         for n in ("verify_pieces.j2", "worklist.j2", "pages.j2", "fp8.j2", "merge.j2", "masks.j2")
     )
-    masks = ("window", "logits_soft_cap", "sinks", "tree_mask")
+    masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality", "tree_mask")
+    v_dims = True
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -61,10 +64,10 @@ class TritonVerify(Family):
             if target.kind == "hip":
                 decodes = ("plain",)
         # More rows than these leave too few registers: accumulators of 4 warps take rows x head_dim / 128.
-        most = 64 if spec.head_dim <= 128 else 32
+        most = 64 if max(spec.head_dim, spec.v_dim) <= 128 else 32
         rows = min(most, max(16, next_power_of_two(QUERIES * spec.group_size)))
         # 202 us with two warps, 238 with four (on an H100, the batch above); 64 rows spill with two
-        few = spec.kv_dtype.is_fp8 and rows <= 32 and spec.head_dim <= 128
+        few = spec.kv_dtype.is_fp8 and rows <= 32 and max(spec.head_dim, spec.v_dim) <= 128
         return (
             Field("tile_m", (16, 32, 64, 128), rows, "rows of a query tile"),
             Field("tile", (16, 32, 64, 128), 64, "KV tokens worked on at a time"),
@@ -160,12 +163,11 @@ class TritonVerify(Family):
         """Numbers behind the symbols: decode's, for as many rows as a tile has."""
         tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
         warps, stages = schedule.int("num_warps"), schedule.int("num_stages")
-        loads = loads_of(spec, warps, tile_m)
-        width = sum(load.width for load in loads) * (2 if spec.kv_dtype.is_fp8 else 1)
+        width, v_width = (width_of(spec, loads_of(spec, warps, tile_m, of_v=v)) for v in (False, True))
         partitions = max(1, cdiv(target.num_sms * schedule.int("waves"), spec.num_kv_heads))
         lens: list[tuple[int, int]] = []  # KV tokens worked on, query tiles that work on them
         for seq_len, q_len in zip(workload.seq_lens, workload.lens_of_queries, strict=True):
-            skipped = max(seq_len - q_len - spec.window + 1, 0) // tile * tile if spec.window else 0
+            skipped = spec.visible(seq_len - q_len, seq_len).start // tile * tile if bounded(spec) else 0
             lens.append((seq_len - skipped, cdiv(q_len * spec.group_size, tile_m)))
         total = sum(n * count for n, count in lens)
         chunk = max(cdiv(cdiv(max(1, total), partitions), tile) * tile, self._min_chunk(tile))
@@ -177,8 +179,10 @@ class TritonVerify(Family):
             str(schedule["fp8_decode"])
         ]
         per_tile += {"gather": 400.0, "page": 0.0, "scalar": -100.0}[addressing(spec, tile)]
-        per_tile = per_tile * tile / 64 * width / 128 * (1 + 0.4 * (tile_m / 16 - 1)) + 100.0 * warps
-        tile_bytes = 2 * tile * width * spec.kv_dtype.size
+        per_tile = (
+            per_tile * tile / 64 * (width + v_width) / 256 * (1 + 0.4 * (tile_m / 16 - 1)) + 100.0 * warps
+        )
+        tile_bytes = tile * (width + v_width) * spec.kv_dtype.size
         return {
             "tile": tile,
             "tile_m": tile_m,
@@ -188,8 +192,8 @@ class TritonVerify(Family):
             "smem_per_sm": target.smem_per_sm,
             "regs_per_sm": target.regs_per_sm,
             "max_threads_per_sm": target.max_threads_per_sm,
-            "tile_regs": (tile_m * (width + tile) + tile * width / 2) / threads,
-            "mma_flops": 4.0 * tile_m * tile * width * tiles,
+            "tile_regs": (tile_m * (v_width + tile) + tile * max(width, v_width) / 2) / threads,
+            "mma_flops": 2.0 * tile_m * tile * (width + v_width) * tiles,
             "kv_bytes": float(sum(n for n, count in lens if count) * spec.kv_bytes_per_token),
             "bandwidth_gbs": max(1.0, target.bandwidth_gbs) * 0.88,  # as decode's
             "num_sms": target.num_sms,
@@ -220,8 +224,8 @@ class TritonVerify(Family):
         is_fp8 = spec.kv_dtype.is_fp8
         decode = str(schedule["fp8_decode"])
         tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
-        loads = loads_of(spec, schedule.int("num_warps"), tile_m)
-        merge_dims = next_power_of_two(spec.head_dim)
+        loads, v_loads = (loads_of(spec, schedule.int("num_warps"), tile_m, of_v=v) for v in (False, True))
+        merge_dims = next_power_of_two(spec.v_dim)
         at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // (tile_m * merge_dims)
         return {
             "spec": spec,
@@ -236,14 +240,13 @@ class TritonVerify(Family):
             "compute_type": "tl.float16" if is_fp8 else TRITON_TYPES[spec.kv_dtype],
             "out_type": TRITON_TYPES[spec.q_dtype],
             "row_scaled": is_fp8 and spec.q_dtype is DType.BF16,
-            "head_dim": spec.head_dim,
+            "v_dim": spec.v_dim,
             "block_size": spec.block_size,
             "group_size": spec.group_size,
             "num_kv_heads": spec.num_kv_heads,
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
-            "loads": loads,
+            **rows_context(spec, loads, v_loads),
             "per_word": 2 if is_fp8 else 1,  # elements
-            "parts": operands(spec, loads),
             "tile_m": tile_m,
             "tile": tile,
             "num_stages": schedule.int("num_stages"),

@@ -21,7 +21,7 @@ from pagedgen.autotune.measure import (
 from pagedgen.errors import GateFailure
 from pagedgen.values.record import Verdict
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec, Op
+from pagedgen.values.spec import DType, KernelSpec, KInner, Op
 from pagedgen.values.workload import Workload
 
 SPEC = KernelSpec(Op.DECODE, 32, 2, 1, 16, DType.F32, DType.F32)
@@ -47,6 +47,14 @@ def test_inputs_rotate_past_the_cache(monkeypatch, cache: int, expected: int) ->
     tables = {tuple(one.block_table.flatten().tolist()) for one in turns.inputs}
     assert len(tables) == expected, "block tables are random, and not the same ones"
     assert not any(bool(one.k.isnan().any()) for one in turns.inputs)
+
+
+def test_queries_and_outputs_count_as_memory(monkeypatch) -> None:
+    monkeypatch.setattr(module, "last_level_cache_bytes", lambda device: 1 << 12)
+    spec = KernelSpec(Op.EXTEND, 32, 8, 1, 16, DType.F32, DType.F32, k_inner=KInner.DIM)
+    turns = Rotation(spec, Workload.chunks(2, 256, 256), "cpu", seed=0)
+    kv, queries = 2 * 512 * 32 * 4, 512 * 8 * 32 * 4
+    assert len(turns.inputs) == 1 and 2 * queries + kv < turns.num_bytes < 2 * queries + 3 * kv
 
 
 def test_this_machines_cache_is_known() -> None:

@@ -28,6 +28,7 @@ COMMANDS = (
     "tune",
     "generate",
     "build",
+    "inspect",
     "bench",
     "explain",
     "predict-check",

@@ -103,15 +103,17 @@ def test_extend_launcher_passes_what_the_kernel_takes(
 
 
 @pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
-def test_write_kv_launcher_passes_what_the_kernel_takes(make_spec, default_schedule, gpu_binary, h100, kv):
-    spec = make_spec(128, (8, 8), 16, "f16", kv, op="write_kv")
+@pytest.mark.parametrize("op", ["write_kv", "gather", "copy_blocks"])
+def test_launchers_of_moves_pass_what_the_kernel_takes(make_spec, default_schedule, gpu_binary, h100, op, kv):
+    spec = make_spec(128, (8, 8), 16, kv if op == "copy_blocks" else "f16", kv, op=op)
     text = render(spec, h100, default_schedule(spec, h100)).text
-    signature = text.split("def paged_write_kv(")[1].split("):")[0]
+    signature = text.split(f"def paged_{op}(")[1].split("):")[0]
     kernel = [name.strip().removesuffix("_ptr") for name in signature.split(",") if name.strip()]
     source = assemble([gpu_binary(spec)], ALL).source
-    lines = source.split("void* parameters[] = {")[1].split("};")[0].splitlines()
+    given = source.split("void* parameters[] = {")[1].split("};")[0]
+    given = "\n".join(line.split("//")[0] for line in given.splitlines())
     launcher = [
-        line.split(",")[0].strip().removeprefix("&").removeprefix("call.") for line in lines if line.strip()
+        name.strip().removeprefix("&").removeprefix("call.") for name in given.split(",") if name.strip()
     ]
     assert launcher == [*kernel, "global_scratch", "profile_scratch"]
 

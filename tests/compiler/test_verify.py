@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from dataclasses import replace
 from itertools import pairwise
@@ -244,6 +245,52 @@ def test_write_kv_is_judged_by_its_bytes(make_spec, kv):
     assert case.judge() == ""
     case.v.view(torch.uint8)[0, 3, 1, 5] ^= 1
     assert "1 wrong elements of v, the first at [0, 3, 1" in case.judge()
+
+
+class ExactMoves:
+    """gather and copy_blocks by torch's operators, on the tables' tensors; ``broken`` in one way."""
+
+    def __init__(self, broken=""):
+        self.broken = broken
+
+    def gather(self, out_k, out_v, slots, k, v, k_scale, v_scale, variant):
+        kept = slots >= 0
+        if self.broken == "padding":
+            kept = torch.ones_like(kept)
+        for out, pool, scale in ((out_k, k, k_scale), (out_v, v, v_scale)):
+            if self.broken == "scale" and scale is not None:
+                scale = scale.flip(0)
+            fp8 = pool.element_size() == 1
+            rows = (pool.view(torch.uint8) if fp8 else pool)[slots[kept] // 16, slots[kept] % 16]
+            if scale is not None:
+                rows = (rows.view(pool.dtype).float() * scale[:, None]).to(out.dtype)
+            (out.view(torch.uint8) if out.element_size() == 1 else out)[kept] = rows
+
+    def copy_blocks(self, src_origin, dst_origin, src, dst, pairs, page_bytes, variant):
+        for (source, step, page), (into, jump, _) in zip(src.tolist(), dst.tolist(), strict=True):
+            assert page <= page_bytes
+            page -= self.broken == "short"
+            for read, written in pairs.tolist():
+                into_at, from_at = dst_origin + into + written * jump, src_origin + source + read * step
+                ctypes.memmove(into_at, from_at, page)
+
+
+@pytest.mark.parametrize("types", [("f16", "f16"), ("f16", "fp8_e4m3"), ("fp8_e5m2", "fp8_e5m2")])
+def test_gather_is_judged_by_its_bytes(make_spec, types):
+    spec = make_spec(head_dim=32, heads=(2, 2), q=types[0], kv=types[1], scale="head", op="gather")
+    verdict = gate(ExactMoves(), spec, 0, "cpu", 1)
+    assert verdict.passed and verdict.cases == 3, verdict
+    for broken in ("padding", "scale") if types[0] != types[1] else ("padding",):
+        verdict = gate(ExactMoves(broken), spec, 0, "cpu", 1)
+        assert not verdict.passed and "wrong elements of out_k" in verdict.reason, verdict
+
+
+def test_copies_are_judged_by_their_bytes(make_spec):
+    spec = make_spec(head_dim=32, head_dim_v=64, heads=(2, 2), op="copy_blocks")
+    verdict = gate(ExactMoves(), spec, 0, "cpu", 1)
+    assert verdict.passed and verdict.cases == 3, verdict
+    verdict = gate(ExactMoves("short"), spec, 0, "cpu", 1)
+    assert not verdict.passed and "wrong bytes of pool 0" in verdict.reason
 
 
 CASES = (

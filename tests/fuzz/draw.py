@@ -21,10 +21,10 @@ from pagedgen.compiler.verify import POOLS, Case, Inputs
 from pagedgen.errors import InvalidValue, Unsupported
 from pagedgen.templates.family import Family
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec, Op
+from pagedgen.values.spec import MOVES, DType, KernelSpec, Op
 from pagedgen.values.target import Target
 
-ATTENTION = (Op.DECODE, Op.EXTEND, Op.VERIFY)  # the others move K and V
+ATTENTION = tuple(op for op in Op if op not in MOVES)
 BLOCKS = (1, 2, 3, 5, 8, 16, 16, 16, 32, 48, 64, 100, 128, 256, 528, 544, 784, 1024)
 DIMS = (32, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 128, 160, 192, 256)
 GROUPS = (1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 12, 16, 32, 71)

@@ -18,15 +18,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "templates"))
+
 import torch
 from fuzz.draw import SMALL, schedule_of, spec_of
 from fuzz.trial import attempt
+from interpreted_moves import Interpreted as Moves
 
 from pagedgen.compiler.families import family_for
 from pagedgen.compiler.render import render
 from pagedgen.compiler.triton import load_source
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import Causality, DType, KernelSpec, Op
+from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, Op
 from pagedgen.values.target import Target
 
 HOST = Target(
@@ -68,13 +71,6 @@ class Interpreted:
         tiles = q.shape[0] * self.spec.group_size // self.schedule.int("tile_m") + len(lens)
         slots = 2 * self.partitions * self.programs
         self._run((self.partitions + tiles) * self.programs, slots, (q, k, v, table, lens, ends, *rest))
-
-    def write_kv(self, new_k, new_v, slots, k, v, k_scale, v_scale, variant) -> None:
-        """As of the library."""
-        tensors = {"new_k": new_k, "new_v": new_v, "slot_mapping": slots, "k": k, "v": v}
-        tensors |= {"k_scale": k_scale, "v_scale": v_scale}
-        rows = len(new_k) * self.spec.num_kv_heads
-        self._launch(-(-rows // self.schedule.int("tile_m")), tensors, {"num_tokens": len(new_k)})
 
     def _run(self, grid: int, slots: int, arguments: tuple[Any, ...]) -> None:
         """An attention kernel; ``slots`` are those of partial results, filled with NaN."""
@@ -131,10 +127,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(count):
             draw = Random(f"{seed} {op} {number}")
-            while (spec := spec_of(draw, op, HOST, SMALL)).q_dtype is not DType.F16:
+            while (spec := spec_of(draw, op, HOST, SMALL)).q_dtype is DType.BF16:
                 continue
             schedule, start = interpretable(draw, spec), time.perf_counter()
-            outcome = attempt(spec, Interpreted(spec, schedule, Path(folder)), 0, draw, SMALL, "cpu", None)
+            callee = (Moves if op in MOVES else Interpreted)(spec, schedule, Path(folder))
+            outcome = attempt(spec, callee, 0, draw, SMALL, "cpu", None)
             seconds = round(time.perf_counter() - start, 2)
             about = {"spec": spec.name, "schedule": schedule.name, "number": number, "seconds": seconds}
             print(json.dumps(about | asdict(outcome)), flush=True)

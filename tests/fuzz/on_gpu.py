@@ -43,7 +43,7 @@ SCHEDULES = 8  # tried in place of one that needs more shared memory than there 
 def made(seed: int, number: int, to: Target, folder: Path) -> tuple[KernelSpec, Schedule, Path, int]:
     """Draw, compile and link: spec, schedule, library, and how many schedules did not compile."""
     draw = Random(f"{seed} {number}")
-    ops = ops_for(to)
+    ops = [*ops_for(to), *ATTENTION]  # attention twice as often
     spec = spec_of(draw, ops[number % len(ops)], to, LARGE)
     for refused in range(SCHEDULES):
         schedule = schedule_of(draw, spec, to)

@@ -30,7 +30,11 @@ MASKS: tuple[dict[str, Any], ...] = (
     {"logits_soft_cap": 30.0},
     {"sinks": True},
     {"window": 128, "logits_soft_cap": 50.0, "sinks": True},
+    {"alibi": True},
+    {"attention_chunk": 300},
+    {"attention_chunk": 8192, "window": 4096, "alibi": True, "logits_soft_cap": 30.0, "sinks": True},
 )
+V_DIMS: tuple[tuple[int, int], ...] = ((192, 128), (64, 128), (96, 80))  # of K and of V
 EVERYTHING = (Rule(1 << 30, 1 << 30, 0),)
 
 
@@ -53,6 +57,9 @@ def extra() -> tuple[KernelSpec, ...]:
     for masks in MASKS:
         specs.append(replace(spec_of(q=BF16, lse=True), **masks))
         specs.append(replace(spec_of(64, (64, 8), 64, kv=E4M3), **masks))
+    for head_dim, v_dim in V_DIMS:
+        specs.append(replace(spec_of(head_dim, (16, 16), q=BF16, lse=True), head_dim_v=v_dim))
+        specs.append(replace(spec_of(head_dim, (28, 4), 64, kv=E4M3), head_dim_v=v_dim, alibi=True))
     return tuple(specs)
 
 

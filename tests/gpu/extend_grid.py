@@ -14,9 +14,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from pagedgen.autotune.suites.extend_gpu import BF16, E4M3, F16, jobs, spec_of
-from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KVScale, Op
 
 E5M2 = DType.FP8_E5M2
+V_DIMS = ((192, 128), (64, 128), (96, 80))  # of K and of V
 
 
 def specs() -> tuple[KernelSpec, ...]:
@@ -37,11 +38,22 @@ def specs() -> tuple[KernelSpec, ...]:
         {"logits_soft_cap": 30.0},
         {"sinks": True},
         {"window": 128, "logits_soft_cap": 50.0, "sinks": True},
+        {"alibi": True},
+        {"attention_chunk": 300},
+        {"attention_chunk": 8192, "window": 4096, "alibi": True, "logits_soft_cap": 30.0, "sinks": True},
+        {"causality": Causality.FULL},
+        {"causality": Causality.FULL, "window": 100, "alibi": True},
+        {"causality": Causality.PER_SEQUENCE},
+        {"causality": Causality.PER_SEQUENCE, "attention_chunk": 300},
     ):
         found.append(spec_of(q=BF16, lse=True, **masks))
         found.append(spec_of(64, (64, 8), 64, kv=E4M3, **masks))
+    for head_dim, v_dim in V_DIMS:
+        found.append(spec_of(head_dim, (16, 16), q=BF16, lse=True, head_dim_v=v_dim))
+        found.append(spec_of(head_dim, (28, 4), 64, kv=E4M3, head_dim_v=v_dim, alibi=True))
     found += [replace(spec, op=Op.VERIFY) for spec in dict.fromkeys(found)]
-    verify = [spec for spec in dict.fromkeys(found) if spec.op is Op.VERIFY and spec.window is None]
+    line = {"window", "attention_chunk", "causality"}  # what has no meaning in a tree
+    verify = [s for s in dict.fromkeys(found) if s.op is Op.VERIFY and not line.intersection(s.masks)]
     found += [replace(spec, tree_mask=True) for spec in verify[::2]]
     return tuple(dict.fromkeys(found))
 

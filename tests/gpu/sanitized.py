@@ -69,7 +69,12 @@ def specs(op: Op, to: Target) -> tuple[KernelSpec, ...]:
 def schedules(spec: KernelSpec, to: Target) -> tuple[Schedule, ...]:
     """The default, and the same with every other choice that has a place in the kernel's source."""
     default = default_schedule(spec, to)
-    others = [{"split": "even", "pdl": 1}, {"num_warps": 4}, {"num_warps": 8}, {"prefetch_ids": 0, "tile": 32}]
+    others = [
+        {"split": "even", "pdl": 1},
+        {"num_warps": 4},
+        {"num_warps": 8},
+        {"prefetch_ids": 0, "tile": 32},
+    ]
     found = [default]
     for other in others:
         choices = dict(default.choices)

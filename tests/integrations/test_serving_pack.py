@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ def serving():
     """Everything for LAYER over blocks of 16 and 32; decode alone for PLAIN, over blocks of 64."""
     specs = [LAYER.spec(op, size, KInner.DIM) for size in (16, 32) for op in OPERATORS]
     specs.append(PLAIN.spec(Op.DECODE, 64, KInner.DIM))
-    manifest = SimpleNamespace(kind="cuda", kernels=[SimpleNamespace(spec=spec) for spec in specs])
+    manifest = SimpleNamespace(
+        kind="cuda", target="h100-sxm", kernels=[SimpleNamespace(spec=spec) for spec in specs]
+    )
     return ServingPack(SimpleNamespace(path=Path("x.pack"), manifest=manifest))
 
 
@@ -66,8 +69,7 @@ def test_what_is_missing_is_named_with_the_command(serving, layer, block_size, m
     text = str(caught.value)
     assert all(name in text for name in missing)
     assert "x.pack" in text and "it holds decode-h64" in text and "and 1 more" in text
-    assert f"To get them:\n  {command(layer, block_size, KInner.DIM, cpu=False)}" in text
-    assert "docs/serving.md shows how the others are built" in text
+    assert text.endswith(f"To get them:\n  {command(layer, block_size, KInner.DIM, 'h100-sxm')}")
 
 
 def test_a_layer_that_no_block_size_serves_is_refused_early(serving):
@@ -76,24 +78,39 @@ def test_a_layer_that_no_block_size_serves_is_refused_early(serving):
 
 
 def test_the_command_states_the_layer():
-    text = command(LAYER, 16, KInner.TOKEN, cpu=True)
-    assert text == (
-        "pagedgen tune --cpu --head-dim 64 --num-q-heads 8 --num-kv-heads 2 --block-size 16 --q-dtype f16 "
-        "--kv-dtype fp8_e4m3 --k-inner token --out model.pack"
+    assert command(PLAIN, 16, KInner.TOKEN, "cpu") == (
+        "pagedgen build --cpu --head-dim 64 --num-q-heads 8 --num-kv-heads 2 --block-size 16 --q-dtype f16 "
+        "--kv-dtype f16 --k-inner token --ops decode,extend,write_kv --out model.pack"
     )
+    first, then, _ = command(LAYER, 16, KInner.DIM, "h100-sxm").split("\n")
+    assert first == (
+        "pagedgen build --gpu h100-sxm --model PATH --block-size 16 --q-dtype f16 --kv-dtype fp8_e4m3 "
+        "--k-inner dim --out model.pack"
+    )
+    assert "config.json for PATH" in then
 
 
-def test_the_command_is_one_that_is_there(cpu_target):
-    """Its options make the spec of decode that was asked for."""
+@pytest.mark.parametrize("layer", [PLAIN, LAYER])
+def test_the_command_is_one_that_is_there(layer, tmp_path):
+    """Its options make the specs that were asked for."""
+    from pagedgen.cli.app import SERVING
     from pagedgen.cli.options import Job
 
-    words = iter(command(PLAIN, 32, KInner.TOKEN, cpu=True).split()[2:])
-    options = {
-        word.removeprefix("--").replace("-", "_"): True if word == "--cpu" else next(words) for word in words
-    }
+    config = {
+        "model_type": "gpt_oss", "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "head_dim": 64, "num_hidden_layers": 2, "sliding_window": 100, "attn_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    words = iter(command(layer, 32, KInner.DIM, "h100-sxm").split("\n")[0].split()[2:])
+    options = {word.removeprefix("--").replace("-", "_"): next(words) for word in words}
     assert options.pop("out") == "model.pack"
-    own = {"gpu": None, "model": None, "tp": 1, "kv_scale": "tensor", "lse": False} | options
-    assert Job.of(**own).specs == (PLAIN.spec(Op.DECODE, 32, KInner.TOKEN),)
+    if "model" in options:
+        options |= {"model": str(tmp_path), "ops": SERVING}
+    unset = ("cpu", "model", "head_dim", "num_q_heads", "num_kv_heads")
+    job = Job.of(**{**dict.fromkeys(unset), "tp": 1, "kv_scale": "tensor", "lse": False} | options)
+    assert set(job.specs) >= {layer.spec(op, 32, KInner.DIM) for op in OPERATORS}
+    assert len(job.specs) == (3 if layer is PLAIN else 5)
 
 
 def test_the_pack_is_named_by_the_environment(monkeypatch, cpu_pack, tmp_path):

@@ -191,7 +191,7 @@ def test_what_is_refused(served, monkeypatch):
     with pytest.raises(PackNotChosen):
         attach(model)
     with pytest.raises(
-        SpecNotInPack, match=r"(?s)it has no decode-h32-q6-kv2-b16-f16-ktoken, extend.*pagedgen "
+        SpecNotInPack, match=r"(?s)it has no decode-h32-q6-kv2-b16-f16-ktoken, extend.*pagedgen build --cpu "
     ):
         attach(
             random_model("qwen3").to(torch.float16), served(KInner.TOKEN).pack.path

@@ -6,16 +6,19 @@ That extend kernels compute attention is shown by the gate (tests/templates, tes
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from pagedgen.compiler.build import Choice, build
 from pagedgen.compiler.verify import Inputs, judge, make_inputs, query_ranges, reference
-from pagedgen.errors import ArgumentError, SpecNotInPack
+from pagedgen.errors import ArgumentError, InvalidPool, SpecNotInPack
 from pagedgen.runtime import ops
 from pagedgen.runtime.attention import TORCH_DTYPES, Attention
+from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import KVCache, KVShape
 from pagedgen.runtime.kv_layout import KVLayout
 from pagedgen.runtime.lengths import VARIABLE
@@ -24,6 +27,7 @@ from pagedgen.values.manifest import Rule
 from pagedgen.values.spec import DType
 
 SHAPE = {"head_dim": 64, "heads": (8, 2)}
+MIXED = {"alibi": True, "causality": "per_sequence", "head_dim_v": 32}
 LENS, QUERIES = (50, 17, 0, 33), (20, 1, 0, 33)
 
 
@@ -42,7 +46,8 @@ def served(pack_of, make_spec):
     decode, plain = make_spec(**SHAPE), make_spec(**SHAPE, op="extend")
     lse, sinks = make_spec(**SHAPE, op="extend", lse=True), make_spec(**SHAPE, op="extend", sinks=True)
     line, tree = make_spec(**SHAPE, op="verify"), make_spec(**SHAPE, op="verify", tree_mask=True)
-    attention, calls = pack_of(decode, plain, lse, sinks, line, tree), []
+    mixed = make_spec(**SHAPE, op="extend", **MIXED)
+    attention, calls = pack_of(decode, plain, lse, sinks, line, tree, mixed), []
     for kernel in attention._kernels.values():
 
         def call(*arguments, spec=kernel.spec):
@@ -53,11 +58,10 @@ def served(pack_of, make_spec):
                 arguments
             )
             assert variant == -1 and workspace.dtype == torch.uint8
-            sinks, tree = (more.pop(0) if wanted else None for wanted in (spec.sinks, spec.tree_mask))
+            wanted = (spec.sinks, spec.alibi, spec.causality == "per_sequence", spec.tree_mask)
+            extras = [more.pop(0) if each else None for each in wanted]
             assert not more
-            inputs = Inputs(
-                q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, sinks, tree_mask=tree
-            )
+            inputs = Inputs(q, k, v, table, lens, out, lse, k_scale, v_scale, scale, most, ends, *extras)
             want, want_lse, _ = reference(spec, inputs)
             for first, end in query_ranges(spec, inputs):
                 out[first:end] = want[first:end].to(out.dtype)
@@ -284,6 +288,156 @@ def test_write_kv_goes_to_its_library(pack_of, make_spec):
         pack_of(make_spec(64, (2, 2), 16)).write_kv(new, new, slots, pool, pool)
 
 
+def copied(src_origin, dst_origin, src, dst, pairs, page_bytes, variant):
+    """copy_blocks on the CPU, by the tables' addresses."""
+    assert variant == -1
+    for (source, step, page), (into, jump, _) in zip(src.tolist(), dst.tolist(), strict=True):
+        assert page <= page_bytes
+        for read, written in pairs.tolist():
+            into_at, from_at = dst_origin + into + written * jump, src_origin + source + read * step
+            ctypes.memmove(into_at, from_at, page)
+
+
+@pytest.mark.parametrize("layout", list(KVLayout))
+def test_a_cache_copies_and_swaps_through_the_packs_kernel(pack_of, make_spec, layout, monkeypatch):
+    """The same bytes as torch's operators; blocks that are both read and written go through those."""
+    spec = make_spec(64, (2, 2), 16, op="copy_blocks")
+    attention, calls = pack_of(spec), []
+    attention.kernel(spec).call = lambda *arguments: (calls.append(len(arguments[4])), copied(*arguments))
+    shape = KVShape(3, 2, 64, 16, layout=layout)
+    plain = KVCache(shape, 9, num_host_blocks=6)
+    cache = KVCache(shape, 9, num_host_blocks=6, attention=attention)
+    other = KVCache(shape, 9, attention=attention)
+    plain.storage.copy_(torch.randint(0, 255, plain.storage.shape, dtype=torch.uint8))
+    for held in (cache, other):
+        held.storage.copy_(plain.storage)
+    pairs = np.array([[0, 4], [0, 5], [6, 1]], np.int32)
+    for held in (plain, cache):
+        held.copy_blocks(pairs)
+    compiled = torch.compile(
+        lambda pairs: ops.copy_kv_blocks(other, pairs), fullgraph=True, backend="aot_eager"
+    )
+    compiled(torch.from_numpy(pairs.astype(np.int64)))
+    assert calls == [3, 3] and torch.equal(cache.storage, plain.storage)
+    assert torch.equal(other.storage, plain.storage)
+    monkeypatch.setattr("pagedgen.runtime.kv_cache.STAGING_BYTES", 2 * shape.block_bytes)
+    for held in (plain, cache):
+        held.copy_blocks(np.array([[0, 1], [1, 2]], np.int32))  # in order, this would copy block 0 twice
+        held.swap_out(np.array([[2, 0], [3, 1], [5, 4]], np.int32))
+        held.storage[:, :, 2:6] = 7
+        held.swap_in(np.array([[4, 0], [0, 1], [1, 6]], np.int32))
+    assert calls == [3, 3, 2, 1, 2, 1] and torch.equal(cache.storage, plain.storage)
+    assert torch.equal(cache.host[[0, 1, 4]], plain.host[[0, 1, 4]])
+
+
+@pytest.mark.parametrize("layout", [KVLayout.NHD, KVLayout.HND, KVLayout.PACKED])
+@pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
+def test_a_cache_gathers_a_sequence(pack_of, make_spec, layout, kv):
+    """By the pack's kernels, one for each type outside the pool, and by torch's operators: the same."""
+    dequantised = make_spec(64, (2, 2), 16, kv=kv, scale="head", op="gather")
+    raw = make_spec(64, (2, 2), 16, q=kv, op="gather")
+    attention, calls = pack_of(*{dequantised, raw}), []
+
+    def call(out_k, out_v, slots, k, v, k_scale, v_scale, variant):
+        calls.append(out_k.dtype)
+        for out, pool, scale in ((out_k, k, k_scale), (out_v, v, v_scale)):
+            rows = pool.view(torch.uint8) if kv != "f16" else pool
+            rows = rows[slots // 16, slots % 16].view(pool.dtype)
+            out.copy_(rows if scale is None else (rows.float() * scale[:, None]).to(out.dtype))
+
+    for spec in {dequantised, raw}:
+        attention.kernel(spec).call = call
+    shape = KVShape(2, 2, 64, 16, DType(kv), dequantised.kv_scale, layout)
+    scales = (
+        {"k_scale": torch.rand(2, 2) + 0.5, "v_scale": torch.rand(2, 2) + 0.5} if shape.dtype.is_fp8 else {}
+    )
+    caches = [KVCache(shape, 5, **scales), KVCache(shape, 5, attention=attention, **scales)]
+    k, v = (torch.randn(37, 2, 64, dtype=torch.float16) for _ in range(2))
+    blocks = np.array([3, 0, 4], np.int32)
+    for cache in caches:
+        slots = cache.token_slots(blocks, 37)
+        assert slots[[0, 15, 16, 36]].tolist() == [48, 63, 0, 68]
+        cache.write_kv(1, k, v, slots)
+    held = caches[0].k[1].dtype
+    for dtype in (None, torch.float16):
+        got = [cache.gather(1, slots, dtype) for cache in caches]
+        for ours, torchs in zip(got[1], got[0], strict=True):
+            assert ours.dtype == torchs.dtype == (dtype or held) and ours.shape == (37, 2, 64)
+            assert torch.equal(ours.contiguous().view(torch.uint8), torchs.contiguous().view(torch.uint8))
+    assert calls == [held, torch.float16]
+    assert (got[1][0] - k).abs().max() <= (0 if kv == "f16" else 0.3)
+    with pytest.raises(InvalidPool, match=r"num_tokens = 49: 0 to 48, which the blocks hold"):
+        caches[0].token_slots(blocks, 49)
+    with pytest.raises(InvalidPool, match=r"dtype = torch\.int32"):
+        caches[0].gather(1, slots, torch.int32)
+
+
+def test_copies_and_gathers_that_cannot_be(pack_of, make_spec):
+    copier, raw = make_spec(64, (2, 2), 16, op="copy_blocks"), make_spec(64, (2, 2), 16, op="gather")
+    attention = pack_of(copier, raw)
+    pool = torch.zeros(4, 16, 2, 64, dtype=torch.float16)
+    pools, odd = BlockPools.of([pool]), BlockPools.of([torch.zeros(4, 40, dtype=torch.uint8)])
+    pairs, slots = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    rows = torch.zeros(3, 2, 64, dtype=torch.float16)
+    with pytest.raises(ArgumentError, match=r"src\.device = cpu:0: a cuda device is expected"):
+        attention.copy_blocks(pools, pairs)
+    with pytest.raises(
+        ArgumentError, match=r"into: pages of \(40,\) B: \(4096,\), as of pools, are expected"
+    ):
+        attention.copy_blocks(pools, pairs, into=odd)
+    with pytest.raises(
+        SpecNotInPack, match=r"copy_blocks of pages that are multiples of 8 B: no such kernel"
+    ):
+        attention.copy_blocks(odd, pairs)
+    with pytest.raises(
+        ArgumentError, match=r"pools: .* are multiples of 8 B: 16 is expected by copy_blocks-h64"
+    ):
+        attention.copy_blocks(odd, pairs, spec=copier)
+    with pytest.raises(SpecNotInPack, match=r"gather-h64-kv2-b16-f16: no such kernel"):
+        attention.copy_blocks(pools, pairs, spec=raw)
+    with pytest.raises(ArgumentError, match=r"out_k\.device = cpu:0: a cuda device is expected"):
+        attention.gather(slots, pool, pool, rows, rows)
+    with pytest.raises(ArgumentError, match=r"k: float: a torch\.Tensor is expected"):
+        pack_of(raw, replace(raw, block_size=8)).gather(slots, 0.5, pool, rows, rows)
+
+
+def test_slots_and_pairs_are_checked_where_that_is_asked_for(pack_of, make_spec, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
+    specs = [make_spec(64, (2, 2), 16, op=op) for op in ("write_kv", "gather", "copy_blocks")]
+    attention, calls = pack_of(*specs), []
+    for spec in specs:
+        attention.kernel(spec).call = lambda *arguments: calls.append(arguments)
+    pool = torch.zeros(4, 16, 2, 64, dtype=torch.float16)
+    rows, pools = torch.zeros(3, 2, 64, dtype=torch.float16), BlockPools.of([pool])
+
+    def write(*slots):
+        attention.write_kv(rows, rows, torch.tensor(slots), pool, pool)
+
+    def gather(*slots):
+        attention.gather(torch.tensor(slots), pool, pool, rows, rows)
+
+    def copy(*pairs, **options):
+        attention.copy_blocks(pools, torch.tensor(pairs), **options)
+
+    write(63, -1, -1)
+    gather(5, 5, 0)
+    copy((0, 1), (0, 2))
+    copy((0, 1), (1, 0), into=BlockPools.of([pool.clone()]))
+    assert len(calls) == 4
+    for call, arguments, text in (
+        (write, (3, 64, -1), r"slot_mapping\[1\] = 64: up to 63 is allowed"),
+        (write, (7, -1, 7), r"slot_mapping\[2\] = 7: token 0 goes there too"),
+        (gather, (3, 64, -1), r"slot_mapping\[1\] = 64: up to 63 is allowed"),
+        (copy, ((0, 1), (4, 2)), r"pairs\[1, 0\] = 4: 0 to 3 is allowed"),
+        (copy, ((0, 1), (0, -1)), r"pairs\[1, 1\] = -1: 0 to 3 is allowed"),
+        (copy, ((0, 1), (2, 1)), r"pairs\[1, 1\] = 1: pair 0 writes it too"),
+        (copy, ((0, 1), (1, 2)), r"pairs\[0, 1\] = 1: it is read in the same call"),
+    ):
+        with pytest.raises(ArgumentError, match=text):
+            call(*arguments)
+    assert len(calls) == 4
+
+
 def test_verify_goes_by_its_mask_and_compiles_into_one_graph(served, make_spec):
     attention, calls, _ = served
     operator = ops.bind_verify(attention)
@@ -304,6 +458,48 @@ def test_verify_goes_by_its_mask_and_compiles_into_one_graph(served, make_spec):
             assert torch.equal(got[first:end], inputs.out[first:end])
     with pytest.raises(SpecNotInPack, match="sinks given, tree_mask given: no kernel fits"):
         attention.verify(*arguments, tree_mask=inputs.tree_mask, sinks=torch.zeros(8))
+
+
+def test_extend_with_alibi_causality_per_sequence_and_rows_of_v(served, make_spec):
+    attention, calls, _ = served
+    spec = make_spec(**SHAPE, op="extend", **MIXED)
+    inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+    more = {"alibi_slopes": inputs.alibi_slopes, "causal": inputs.causal}
+    got = extend(attention, inputs, softmax_scale=inputs.softmax_scale, **more)
+    assert calls[-1][0] == spec and got.shape == (inputs.q.shape[0], 8, 32)
+    for first, end in query_ranges(spec, inputs):
+        inputs.out[first:end] = got[first:end]
+    assert judge(spec, inputs)[2] == ""
+    compiled = torch.compile(ops.bind_extend(attention), fullgraph=True, backend="eager")
+    again = compiled(
+        inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q,
+        softmax_scale=inputs.softmax_scale, **more,
+    )  # fmt: skip
+    assert again.shape == got.shape
+    for first, end in query_ranges(spec, inputs):
+        assert torch.equal(again[first:end], got[first:end])
+    with pytest.raises(SpecNotInPack, match="causal given: no kernel fits"):
+        extend(attention, inputs, causal=inputs.causal)
+    with pytest.raises(
+        ArgumentError, match="alibi_slopes: None is expected, since extend-h64-q8-kv2-b16-f16"
+    ):
+        extend(
+            attention, make_inputs(make_spec(**SHAPE, op="extend"), LENS, query_lens=QUERIES),
+            spec=make_spec(**SHAPE, op="extend"), alibi_slopes=inputs.alibi_slopes,
+        )  # fmt: skip
+
+
+def test_blocks_that_no_query_sees_are_not_looked_at(pack_of, make_spec, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
+    spec = make_spec(**SHAPE, op="extend", attention_chunk=32)
+    attention = pack_of(spec)
+    attention.kernel(spec).call = lambda *arguments: None
+    inputs = make_inputs(spec, (70, 9), query_lens=(5, 1))
+    inputs.block_table[0, :4] = -1  # the last chunk begins at token 64
+    extend(attention, inputs)
+    inputs.block_table[0, 4] = -1
+    with pytest.raises(ArgumentError, match=r"block_table\[0, 4\] = -1"):
+        extend(attention, inputs)
 
 
 def test_a_tree_has_64_queries_at_most(pack_of, make_spec, monkeypatch):

@@ -395,9 +395,9 @@ def test_counters_stay_clear_of_the_partials_of_other_calls(serve, library, make
 
 EXTEND_NAMES = tuple(
     """
-    q k v block_table seq_lens cu_seqlens_q out lse k_scale v_scale sinks qk_scale num_seqs
-    q_stride_token q_stride_head out_stride_token out_stride_head k_stride_block k_stride_token k_stride_head
-    v_stride_block v_stride_token v_stride_head block_table_stride
+    q k v block_table seq_lens cu_seqlens_q out lse k_scale v_scale sinks alibi_slopes causal qk_scale
+    num_seqs q_stride_token q_stride_head out_stride_token out_stride_head k_stride_block k_stride_token
+    k_stride_head v_stride_block v_stride_token v_stride_head block_table_stride
     """.split()  # noqa: SIM905
 )
 
@@ -408,17 +408,32 @@ def extend_arguments(spec, num_tokens=300, num_seqs=3):
     arguments[3] = made(0x4000, "int", 32, (num_seqs, 10), (16, 1))
     arguments[4] = made(0x5000, "int", 32, (num_seqs,))
     arguments[10] = made(0, "uint", 8, (0,))
-    sinks = [made(0xA000, "float", 32, (spec.num_q_heads,))] if spec.sinks else []
-    return [*arguments[:5], made(0x5800, "int", 32, (num_seqs + 1,)), *arguments[5:], *sinks]
+    extras = [made(0xA000, "float", 32, (spec.num_q_heads,))] if spec.sinks else []
+    extras += [made(0xA800, "float", 32, (spec.num_q_heads,))] if spec.alibi else []
+    extras += [made(0xAC01, "uint", 8, (num_seqs,))] if spec.causality == "per_sequence" else []
+    return [*arguments[:5], made(0x5800, "int", 32, (num_seqs + 1,)), *arguments[5:], *extras]
 
 
-@pytest.mark.parametrize("masks", [{}, {"sinks": True, "window": 64}])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {},
+        {"sinks": True, "window": 64},
+        {"alibi": True, "causality": "per_sequence", "attention_chunk": 64},
+        {"sinks": True, "alibi": True, "causality": "full"},
+    ],
+)
 def test_an_extend_launch(serve, make_spec, gpu_binary, tmp_path, masks):
     """As many programs as the tokens can make tiles of, whatever the lengths; no workspace."""
     spec = make_spec(128, (32, 8), 16, "f16", "fp8_e4m3", lse=True, op="extend", **masks)
     binary = gpu_binary(spec)
     path = link([binary], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "extend.so")
-    names = [name for name in EXTEND_NAMES if name != "sinks" or spec.sinks]
+    extras = {"sinks": 0xA000} if spec.sinks else {}
+    extras |= {"alibi_slopes": 0xA800} if spec.alibi else {}
+    extras |= {"causal": 0xAC01} if spec.causality == "per_sequence" else {}
+    names = [
+        name for name in EXTEND_NAMES if name in extras or name not in ("sinks", "alibi_slopes", "causal")
+    ]
     keys = [n if "stride" in n or n in ("qk_scale", "num_seqs") else f"{n}_ptr" for n in names]
     letters = {"i32": "i", "i64": "l", "fp32": "f"}
     types = "".join(letters.get(kind, "p") for kind in signature_of(spec, keys).values())
@@ -441,9 +456,44 @@ def test_an_extend_launch(serve, make_spec, gpu_binary, tmp_path, masks):
         "out_stride_head": 300 * 128, "k_stride_block": 32768, "k_stride_token": 256, "k_stride_head": 4096,
         "v_stride_block": 32768, "v_stride_token": 256, "v_stride_head": 4096, "block_table_stride": 16,
     }  # fmt: skip
-    expected |= {"sinks": 0xA000} if spec.sinks else {}
     assert got.pop("qk_scale") == pytest.approx(0.5 * 1.4426950408889634, rel=1e-6)
-    assert got == expected
+    assert got == expected | extras
+
+
+def test_rows_of_v_and_out_have_their_own_length(serve, make_spec, gpu_binary, tmp_path):
+    """Partial results are as long as V's rows; ALiBi's slopes come behind the scales."""
+    spec = make_spec(192, (32, 8), 16, "f16", head_dim_v=128, alibi=True)
+    path = link([gpu_binary(spec, waves=4)], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "v.so")
+    pool, row = (50, 16, 8), (3, 32)
+    right = [*arguments_for(spec), made(0xA800, "float", 32, (32,))]
+    right[2], right[5] = made(0x3000, "float", 16, (*pool, 128)), made(0x6000, "float", 16, (*row, 128))
+    wrong = [
+        (0, made(0x1000, "float", 16, (*row, 128)), "q.shape = [3, 32, 128]: 192 is expected in axis 2"),
+        (2, made(0x3000, "float", 16, (*pool, 192)), "v.shape = [50, 16, 8, 192]: 128 is expected in axis 3"),
+        (
+            5,
+            made(0x6000, "float", 16, (*row, 192)),
+            "out.shape = [3, 32, 192]: 128 is expected in axis 2 (head_dim_v)",
+        ),
+        (13, made(0xA800, "float", 32, (8,)), "alibi_slopes.shape = [8]: 32 is expected in axis 0"),
+        (13, None, "alibi_slopes = None: a float32 tensor [num_q_heads] is expected"),
+    ]
+    steps = [["decode", right], *(["decode", [*right[:i], bad, *right[i + 1 :]]] for i, bad, _ in wrong)]
+    names = [*names_of(spec)]
+    names.insert(names.index("out") + 1, "alibi_slopes")
+    letters = {"qk_scale": "f", "num_seqs": "i", "partitions": "i"}
+    letters |= {f"{t}_stride_{axis}": "i" for t in "kv" for axis in ("block", "token")}
+    types = "".join(letters.get(name, "l" if "stride" in name else "p") for name in names)
+    run = serve(path, steps, types=types)
+    for result, (_, _, message) in zip(run.results[1:], wrong, strict=True):
+        assert result["error"] == "ArgumentError" and message in result["text"], result
+    (launch,) = run.launches
+    got = dict(zip(names, launch["arguments"], strict=True))
+    slots = 8 * (132 * 4 // 8 + 3) * 4
+    assert got["alibi_slopes"] == 0xA800
+    assert got["partial"] == 0x100000 + -(-slots * 4 // 256) * 256
+    (needed,) = serve(path, [["workspace_bytes", [3]]]).results
+    assert needed["result"] == got["partial"] - 0x100000 + slots * 128 * 4 + 256
 
 
 def test_a_verify_launch(serve, make_spec, gpu_binary, tmp_path):
@@ -451,7 +501,7 @@ def test_a_verify_launch(serve, make_spec, gpu_binary, tmp_path):
     spec = make_spec(128, (32, 8), 16, "f16", "fp8_e4m3", lse=True, op="verify", sinks=True, tree_mask=True)
     binaries = [gpu_binary(spec, tile_m=32, waves=4), gpu_binary(spec, tile_m=16, waves=6)]
     path = link(binaries, (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "verify.so")
-    names = [*EXTEND_NAMES]
+    names = [name for name in EXTEND_NAMES if name not in ("alibi_slopes", "causal")]
     at = names.index("sinks") + 1
     names[at:at] = ["tree_mask", "partial", "partial_lse", "counter"]
     names.insert(names.index("num_seqs") + 1, "partitions")
@@ -487,7 +537,7 @@ def test_a_verify_launch(serve, make_spec, gpu_binary, tmp_path):
 
 
 def test_extend_arguments_are_refused_before_any_launch(serve, make_spec, gpu_binary, tmp_path):
-    spec = make_spec(128, (32, 8), 16, "f16", op="extend", sinks=True)
+    spec = make_spec(128, (32, 8), 16, "f16", op="extend", sinks=True, causality="per_sequence")
     path = link([gpu_binary(spec)], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "extend.so")
     right = extend_arguments(spec)
     wrong = [
@@ -508,11 +558,13 @@ def test_extend_arguments_are_refused_before_any_launch(serve, make_spec, gpu_bi
         (12, 161, "block_table.shape = [3, 10]: too narrow for max_seq_len = 161"),
         (14, made(0xA000, "float", 32, (8,)), "sinks.shape = [8]: 32 is expected in axis 0 (num_q_heads)"),
         (14, None, "sinks = None: a float32 tensor [num_q_heads] is expected"),
+        (15, made(0xAC00, "uint", 8, (4,)), "causal.shape = [4]: 3 is expected in axis 0 (num_seqs)"),
+        (15, made(0xAC00, "int", 32, (3,)), "causal.dtype = int32: uint8 is expected"),
     ]
     steps = [["extend", [*right[:i], value, *right[i + 1 :]]] for i, value, _ in wrong]
     steps.append(["extend", right[:-1]])
     run = serve(path, steps, devices=f"{H100},{H100}")
-    messages = [message for *_, message in wrong] + ["extend: 14 arguments: 15 are expected"]
+    messages = [message for *_, message in wrong] + ["extend: 15 arguments: 16 are expected"]
     for result, message in zip(run.results, messages, strict=True):
         assert result["error"] == "ArgumentError" and message in result["text"], result
     assert run.launches == []
@@ -600,3 +652,40 @@ def test_write_kv_arguments_are_refused_before_any_launch(serve, writer):
     for result, (*_, message) in zip(run.results, wrong, strict=True):
         assert result["error"] == "ArgumentError" and message in result["text"], result
     assert run.launches == []
+
+
+def test_a_copy_launch(serve, make_spec, gpu_binary, tmp_path):
+    """A program for each tile of each page of each pair; what cannot be is refused before."""
+    spec = make_spec(128, (8, 8), 16, op="copy_blocks")
+    path = link([gpu_binary(spec, tile_m=512)], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "copy.so")
+    src, dst = made(0x1000, "int", 64, (5, 3)), made(0x2000, "int", 64, (5, 3))
+    pairs = made(0x3000, "int", 64, (7, 2))
+    good = [0x70, 0x90, src, dst, pairs, 20_000, -1]
+    steps = [
+        ["workspace_bytes", [3]],
+        ["copy_blocks", good],
+        ["copy_blocks", [0, 0, src, src, made(0x3000, "int", 64, (0, 2)), 20_000, -1]],
+        ["copy_blocks", [0, 0, src, made(0x2000, "int", 64, (4, 3)), pairs, 20_000, -1]],
+        ["copy_blocks", [0, 0, src, made(0x2000, "int", 64, (5, 3), device=1), pairs, 20_000, -1]],
+        ["copy_blocks", [0, 0, src, dst, made(0x3000, "int", 64, (7, 2), (4, 2)), 20_000, -1]],
+        ["copy_blocks", [0, 0, src, dst, made(0x3000, "int", 64, (7, 2), (4, 1)), 20_000, -1]],
+        ["copy_blocks", [0, 0, src, dst, made(0x3000, "int", 64, (1 << 28, 2)), 20_000, -1]],
+        ["copy_blocks", [0, 0, src, dst, pairs, -1, -1]],
+        ["copy_blocks", [0, 0x108, src, dst, pairs, 20_000, -1]],
+    ]
+    run = serve(path, steps, types="pppppii")
+    assert run.results[:3] == [{"result": 0}] + [{"result": None}] * 2
+    texts = [result["text"] for result in run.results[3:]]
+    assert texts == [
+        "dst.shape = [4, 3]: 5 is expected in axis 0 (num_pools, as src has)",
+        "dst.device = cuda:1: cuda:0 is expected, where src is",
+        "pairs.stride(1) = 2: 1 is expected along a pair",
+        "pairs.stride(0) = 4: 2 is expected (contiguous)",
+        f"pairs.shape[0] = {1 << 28}: at most {(2**31 - 1) // 15} pairs are allowed in 5 pools",
+        "page_bytes = -1: at least 0, the longest page, is allowed",
+        "dst_origin: address 0x108: a multiple of 16 bytes is expected",
+    ]
+    (launch,) = run.launches
+    chunks = -(-20_000 // (512 * 16))
+    assert (launch["symbol"], launch["grid"]) == ("paged_copy_blocks", (7 * 5 * chunks, 1, 1))
+    assert launch["arguments"][:7] == [0x70, 0x90, 0x1000, 0x2000, 0x3000, 5, chunks]

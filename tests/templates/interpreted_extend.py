@@ -36,7 +36,7 @@ class Interpreted:
 
     def extend(
         self, q, k, v, table, lens, cu_seqlens_q, out, lse, scale, k_scale, v_scale, workspace, max_seq_len,
-        variant, sinks=None,
+        variant, *extras,
     ):  # fmt: skip
         spec, num_seqs = self.spec, len(lens)
         if spec.kv_dtype.is_fp8:
@@ -44,8 +44,7 @@ class Interpreted:
         arguments = [q, k, v, table, lens, cu_seqlens_q, out]
         arguments += [lse] if spec.return_lse else []
         arguments += [k_scale, v_scale] if k_scale is not None else []
-        arguments += [sinks] if spec.sinks else []
-        arguments += [scale * math.log2(math.e), num_seqs]
+        arguments += [*extras, scale * math.log2(math.e), num_seqs]
         arguments += [q.stride(0), q.stride(1), out.stride(0), out.stride(1)]
         arguments += [*k.stride()[:3], *v.stride()[:3], table.stride(0)]
         tiles = q.shape[0] * spec.group_size // self.tile_m + num_seqs
@@ -70,7 +69,7 @@ def main() -> int:
     }
     schedule = Schedule.of("triton-extend", **(base | choices))
     spec = conftest.make_spec(op="extend", **spec_args)
-    block, window = spec.block_size, spec.window or 40
+    block, window = spec.block_size, spec.window or spec.attention_chunk or 40
     queries = max(3, 140 // spec.group_size)  # of the longest runs: a few tiles of rows
     # An interpreted operation costs about 50 us, so these are the gate's cases in small.
     edges = (1, max(1, block - 1), block, block + 1, 0, 77)

@@ -51,21 +51,28 @@ class Interpreted:
         workspace,
         max_seq_len,
         variant,
-        sinks=None,
+        *extras,
     ):
         spec = self.spec
         grid = PARTITIONS if self.even else PARTITIONS + q.shape[0]
         slots = 2 * PARTITIONS if self.even else grid
         rows = min(block_h(spec), spec.group_size)
-        partial = torch.full((self.programs, slots, rows, spec.head_dim), float("nan"))
+        partial = torch.full((self.programs, slots, rows, spec.v_dim), float("nan"))
         partial_lse = torch.full((self.programs, slots, rows), float("nan"))
         if spec.kv_dtype.is_fp8:
             k, v = k.view(torch.uint8), v.view(torch.uint8)
         arguments = [q, k, v, table, lens, out]
         arguments += [lse] if spec.return_lse else []
         arguments += [k_scale, v_scale] if k_scale is not None else []
-        arguments += [sinks] if spec.sinks else []
-        arguments += [partial, partial_lse, self.counters, scale * math.log2(math.e), q.shape[0], PARTITIONS]
+        arguments += [
+            *extras,
+            partial,
+            partial_lse,
+            self.counters,
+            scale * math.log2(math.e),
+            q.shape[0],
+            PARTITIONS,
+        ]
         arguments += [q.stride(0), q.stride(1), out.stride(0), out.stride(1)]
         arguments += [
             k.stride(0),

@@ -34,7 +34,7 @@ class Interpreted:
         self.kernel = load_source(render(spec, HOST, schedule).text, folder).paged_verify
 
     def workspace_bytes(self, num_seqs):
-        return self.slots * (self.tile_m * (self.spec.head_dim + 1) + 1) * 4
+        return self.slots * (self.tile_m * (self.spec.v_dim + 1) + 1) * 4
 
     def verify(
         self, q, k, v, table, lens, cu_seqlens_q, out, lse, scale, k_scale, v_scale, workspace, max_seq_len,
@@ -47,7 +47,7 @@ class Interpreted:
         arguments += [lse] if spec.return_lse else []
         arguments += [k_scale, v_scale] if k_scale is not None else []
         parts = self.slots * self.tile_m
-        partials = workspace.view(torch.float32).split([parts, parts * spec.head_dim, self.slots])
+        partials = workspace.view(torch.float32).split([parts, parts * spec.v_dim, self.slots])
         assert not partials[2].any(), "counters are zero between calls"
         arguments += [*extras, partials[1], partials[0], partials[2].view(torch.int32)]
         arguments += [scale * math.log2(math.e), num_seqs, self.partitions]
@@ -75,7 +75,7 @@ def main() -> int:
     }
     schedule = Schedule.of("triton-verify", **(base | choices))
     spec = conftest.make_spec(op="verify", **spec_args)
-    block, window = spec.block_size, spec.window or 40
+    block, window = spec.block_size, spec.window or spec.attention_chunk or 40
     # An interpreted operation costs about 50 us, so these are the gate's cases in small.
     edges = (1, max(1, block - 1), block, block + 1, 0, 77)
     ones = (1,) * extra

@@ -48,12 +48,30 @@ CASES = {
         {"fp8_decode": "plain", "sums": "dot"},
     ),
     "rows-for-wgmma": ({"heads": (20, 1), "head_dim": 64}, {"rows": 64, "sums": "dot"}),
+    "alibi-cap-h96-of-v40": (
+        {
+            "heads": (7, 1), "head_dim": 96, "head_dim_v": 40, "alibi": True, "logits_soft_cap": 30.0,
+            "lse": True,
+        },
+        {"tile": 32, "split": "even"},
+    ),
+    "chunk-alibi-e4m3-h64-of-v80": (
+        {
+            "heads": (4, 2), "head_dim": 64, "head_dim_v": 80, "kv": "fp8_e4m3", "attention_chunk": 130,
+            "alibi": True,
+        },
+        {"tile": 32, "fp8_decode": "plain", "sums": "dot"},
+    ),
+    "chunk-window-even": (
+        {"heads": (2, 1), "head_dim": 32, "attention_chunk": 200, "window": 90, "sinks": True},
+        {"tile": 16, "split": "even"},
+    ),
     "e5m2": ({"heads": (2, 1), "head_dim": 64, "block_size": 32, "kv": "fp8_e5m2"}, {"fp8_decode": "plain"}),
     "e4m3-block48": (
         {"heads": (4, 1), "head_dim": 72, "block_size": 48, "kv": "fp8_e4m3"},
         {"fp8_decode": "plain", "columns": "whole", "sums": "dot"},
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)

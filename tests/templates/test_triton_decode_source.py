@@ -1,4 +1,4 @@
-"""The rendered Triton source: pinned for three specs, specialised, and compiled for named architectures."""
+"""The rendered Triton source: pinned for four specs, specialised, and compiled for named architectures."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ GOLDENS = {
         {"head_dim": 80, "heads": (71, 1), "q": "bf16", "kv": "fp8_e4m3", "scale": "head", "lse": True},
         "a100",
         {"fp8_decode": "bits", "sums": "dot"},
+    ),
+    "triton-h192v128-alibi-chunk-f16": (
+        {"head_dim": 192, "head_dim_v": 128, "alibi": True, "attention_chunk": 8192},
+        "h100",
+        {},
     ),
     "triton-token-slots-bf16": ({"q": "bf16", "block_size": 1}, "h100", {"tile": 128, "pdl": 1}),
 }
@@ -102,6 +107,12 @@ def test_loads_cover_head_dim_without_the_next_power_of_two(make_spec, head_dim,
         ("h100", {"kv": "fp8_e4m3", "window": 4096, "logits_soft_cap": 50.0, "sinks": True}, {}),
         ("a100", {"q": "bf16", "window": 128, "sinks": True, "lse": True}, {}),
         ("h100", {"head_dim": 96, "heads": (32, 32), "block_size": 544}, {}),
+        ("a100", {"q": "bf16", "alibi": True, "attention_chunk": 8192}, {}),
+        (
+            "h100",
+            {"kv": "fp8_e4m3", "head_dim": 192, "head_dim_v": 128, "alibi": True},
+            {"fp8_decode": "cvt"},
+        ),
         ("h100", {"head_dim": 256, "heads": (16, 8), "block_size": 64, "q": "bf16"}, {"max_regs": 168}),
     ],
 )

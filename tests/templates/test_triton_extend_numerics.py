@@ -40,6 +40,30 @@ CASES = {
         0,
     ),
     "soft-cap": ({"heads": (4, 1), "head_dim": 64, "logits_soft_cap": 30.0, "lse": True}, {}, 0),
+    "alibi-h96-of-v40": (
+        {"heads": (7, 1), "head_dim": 96, "head_dim_v": 40, "alibi": True, "lse": True},
+        {"tile": 32, "tile_m": 32},
+        0,
+    ),
+    "chunk-alibi-cap": (
+        {"heads": (4, 2), "head_dim": 64, "attention_chunk": 50, "alibi": True, "logits_soft_cap": 30.0},
+        {"tile": 32, "tile_m": 32},
+        0,
+    ),
+    "full-window-alibi": (
+        {"heads": (2, 1), "head_dim": 64, "causality": "full", "window": 30, "alibi": True, "lse": True},
+        {"tile": 32, "tile_m": 32},
+        0,
+    ),
+    "full": ({"heads": (2, 1), "head_dim": 64, "causality": "full", "sinks": True}, {"tile_m": 32}, 40),
+    "per-sequence-chunk-e4m3-h64-of-v128": (
+        {
+            "heads": (2, 1), "head_dim": 64, "head_dim_v": 128, "kv": "fp8_e4m3",
+            "causality": "per_sequence", "attention_chunk": 50,
+        },
+        {"tile": 16, "tile_m": 32, "fp8_decode": "plain"},
+        40,
+    ),
     "all-masks-e4m3": (
         {
             "heads": (2, 1), "head_dim": 64, "kv": "fp8_e4m3",

@@ -1,4 +1,4 @@
-"""The rendered extend source: pinned for two specs, specialised, and compiled for named architectures."""
+"""The rendered extend source: pinned for three specs, specialised, and compiled for named architectures."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ GOLDENS = {
             **MASKS,
         },
         "a100",
+    ),
+    "triton-extend-h192v128-f16-percausal": (
+        {
+            "head_dim": 192,
+            "head_dim_v": 128,
+            "heads": (16, 16),
+            "alibi": True,
+            "attention_chunk": 8192,
+            "window": 4096,
+            "causality": "per_sequence",
+        },
+        "h100",
     ),
 }
 
@@ -66,6 +78,9 @@ def test_source_has_no_unused_names_and_no_blank_runs(name):
         ("h100", {"kv": "fp8_e4m3", "lse": True}),
         ("h100", {"head_dim": 256, "heads": (16, 8), "block_size": 64, "q": "bf16", **MASKS}),
         ("h100", {"head_dim": 96, "heads": (71, 1), "block_size": 544}),
+        ("a100", {"alibi": True, "attention_chunk": 8192, "causality": "full"}),
+        ("h100", {"head_dim": 192, "head_dim_v": 128, "heads": (16, 16), "alibi": True}),
+        ("h100", {"kv": "fp8_e4m3", "causality": "per_sequence", "window": 4096, "attention_chunk": 8192}),
     ],
 )
 def test_the_default_compiles_with_no_gpu_and_hardly_spills(request, make_spec, arch, spec_args):
@@ -90,6 +105,8 @@ def test_offsets_of_rows_do_not_depend_on_where_a_tile_lies_in_its_block(make_sp
     for name in ("k", "v"):
         begin = f"ids.to(tl.int64) * {name}_block + pos % 256 * {name}_token"
         assert text.count(f"{name}_rows = ({begin}) + tokens * {name}_token") == 2  # masked or not
+    fp8 = make_spec(op="extend", block_size=256, kv="fp8_e4m3")  # is faster without
+    assert ") + tokens" not in render(fp8, h100, default_schedule(fp8, h100)).text
 
 
 def test_costs_follow_the_work(make_spec, h100):

@@ -37,6 +37,15 @@ CASES = {
     ),
     "window-sinks": ({"heads": (4, 2), "head_dim": 64, "window": 70, "sinks": True}, {"tile": 32}, 0),
     "window1-lse": ({"heads": (2, 1), "head_dim": 64, "window": 1, "lse": True}, {"tile_m": 16}, 0),
+    "alibi-tree": ({"heads": (4, 1), "head_dim": 64, "alibi": True, "tree_mask": True, "lse": True}, {}, 0),
+    "chunk-per-sequence-h64-of-v48": (
+        {
+            "heads": (4, 2), "head_dim": 64, "head_dim_v": 48, "attention_chunk": 70,
+            "causality": "per_sequence", "lse": True,
+        },
+        {},
+        0,
+    ),
     "all-masks-e5m2": (
         {
             "heads": (2, 1), "head_dim": 64, "kv": "fp8_e5m2",

@@ -67,6 +67,8 @@ def test_source_has_no_unused_names_and_no_blank_runs(name):
         ("h100", {"kv": "fp8_e4m3", "lse": True}),
         ("h100", {"head_dim": 256, "heads": (16, 8), "block_size": 64, "q": "bf16", **MASKS}),
         ("h100", {"head_dim": 96, "heads": (71, 1), "block_size": 544}),
+        ("a100", {"alibi": True, "attention_chunk": 8192, "causality": "per_sequence"}),
+        ("h100", {"head_dim": 192, "head_dim_v": 128, "alibi": True, "tree_mask": True}),
     ],
 )
 def test_the_default_compiles_with_no_gpu_and_hardly_spills(request, make_spec, arch, spec_args):
@@ -82,7 +84,7 @@ def test_the_default_compiles_with_no_gpu_and_hardly_spills(request, make_spec, 
 
 
 def test_lanes_that_share_a_row_of_parts_round_alike(make_spec, h100):
-    """Racecheck (docs/gpu_tests.md) found lanes that store different sums of one row where it has 64 values."""
+    """Racecheck (docs/gpu_tests.md) found lanes that store different sums of one row of 64 values."""
     guard = "weighted = tl.where(part_ok, part_out * weight[:, :, None], 0.0)"
     for head_dim, guarded in ((32, True), (64, True), (72, False), (128, False)):
         spec = make_spec(head_dim, op="verify")

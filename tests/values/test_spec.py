@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pagedgen.errors import InvalidValue, MalformedFile
 from pagedgen.values import codec
-from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op, parse_dtype
+from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op, parse_dtype
 
 GOOD = {
     "op": Op.DECODE,
@@ -29,19 +29,22 @@ def specs(draw) -> KernelSpec:
     kv_dtype = draw(st.sampled_from([q_dtype, DType.FP8_E4M3, DType.FP8_E5M2]))
     kv_heads, op = draw(st.integers(1, 64)), draw(st.sampled_from(list(Op)))
     scales = [KVScale.TENSOR, KVScale.HEAD] if kv_dtype.is_fp8 else [KVScale.NONE]
+    as_stored = op is Op.COPY_BLOCKS or (op is Op.GATHER and draw(st.booleans()))
+    if as_stored:
+        q_dtype, scales = kv_dtype, [KVScale.NONE]
     return KernelSpec(
         op,
         draw(st.integers(4, 32)) * 8,
-        kv_heads * (1 if op is Op.WRITE_KV else draw(st.integers(1, 32))),
+        kv_heads * (1 if op in MOVES else draw(st.integers(1, 32))),
         kv_heads,
         draw(st.integers(1, 65536)),
         q_dtype,
         kv_dtype,
         draw(st.sampled_from(scales)),
-        draw(st.sampled_from(list(KInner))),
+        KInner.DIM if op is Op.COPY_BLOCKS else draw(st.sampled_from(list(KInner))),
         *(
             ()
-            if op is Op.WRITE_KV
+            if op in MOVES
             else (
                 draw(st.booleans()),
                 draw(st.none() | st.integers(1, 1 << 30)),
@@ -50,8 +53,8 @@ def specs(draw) -> KernelSpec:
             )
         ),
         head_dim_v=draw(st.none() | st.integers(4, 32).map(lambda n: 8 * n)),
-        alibi=op is not Op.WRITE_KV and draw(st.booleans()),
-        attention_chunk=None if op is Op.WRITE_KV else draw(st.none() | st.integers(1, 1 << 30)),
+        alibi=op not in MOVES and draw(st.booleans()),
+        attention_chunk=None if op in MOVES else draw(st.none() | st.integers(1, 1 << 30)),
         causality=draw(st.sampled_from(list(Causality))) if op is Op.EXTEND else Causality.CAUSAL,
     )
 
@@ -198,6 +201,26 @@ def test_fields_that_an_operator_has_no_use_for_are_refused(change, message):
     assert KernelSpec(**right).name == "write_kv-h128-kv8-b16-bf16"
     with pytest.raises(InvalidValue, match=message):
         KernelSpec(**{**right, **change})
+
+
+def test_moves_that_leave_kv_as_it_is_stored():
+    """fp8 without a scale, and no other type; a gather may dequantise instead."""
+    pool = {**GOOD, "num_q_heads": 8, "q_dtype": DType.FP8_E4M3, "kv_dtype": DType.FP8_E4M3}
+    names = [KernelSpec(**{**pool, "op": op}).name for op in (Op.COPY_BLOCKS, Op.GATHER)]
+    assert names == ["copy_blocks-h128-kv8-b16-f8e4m3", "gather-h128-kv8-b16-f8e4m3"]
+    wider = KernelSpec(**{**pool, "op": Op.GATHER, "q_dtype": DType.F16, "kv_scale": KVScale.HEAD})
+    assert wider.name == "gather-h128-kv8-b16-f16-kvf8e4m3-headscale"
+    for op, change, message in (
+        (Op.COPY_BLOCKS, {"q_dtype": DType.F16}, r"q_dtype = 'f16': kv_dtype \(fp8_e4m3\) is allowed"),
+        (Op.COPY_BLOCKS, {"kv_scale": KVScale.TENSOR}, "kv_scale = 'tensor': 'none' is allowed"),
+        (Op.COPY_BLOCKS, {"k_inner": KInner.TOKEN}, "k_inner = 'token': dim is allowed"),
+        (Op.COPY_BLOCKS, {"num_q_heads": 16}, "copy_blocks has no query heads"),
+        (Op.GATHER, {"kv_scale": KVScale.TENSOR}, "q_dtype = 'fp8_e4m3': allowed: f32, f16, bf16"),
+        (Op.GATHER, {"q_dtype": DType.F16}, "kv_scale = 'none': fp8 takes 'tensor' or 'head'"),
+        (Op.WRITE_KV, {}, "q_dtype = 'fp8_e4m3': allowed: f32, f16, bf16"),
+    ):
+        with pytest.raises(InvalidValue, match=message):
+            KernelSpec(**{**pool, "op": op, **change})
 
 
 def test_a_tree_mask_is_for_verify_alone_and_without_a_window():

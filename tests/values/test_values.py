@@ -63,6 +63,11 @@ def test_workloads_count_their_bytes(lengths):
     workload = Workload("w", tuple(lengths))
     assert workload.kv_bytes(SPEC) == sum(lengths) * 2 * 8 * 128 * 2
     assert workload.max_seq_len == max(lengths)
+    for masks, seen in (({"window": 64}, 64), ({"attention_chunk": 256}, 256)):
+        spec = replace(SPEC, **masks)
+        first = [(n - 1) // seen * seen if spec.attention_chunk else n - seen for n in lengths]
+        tokens = sum(n - max(0, f) for n, f in zip(lengths, first, strict=True) if n)
+        assert workload.kv_bytes(spec) == tokens * 2 * 8 * 128 * 2  # of what no query sees, nothing
     assert codec.decode(Workload, json.loads(codec.dumps(workload))) == workload
 
 

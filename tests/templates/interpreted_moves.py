@@ -1,4 +1,4 @@
-"""The gate on interpreted write_kv kernels: ``interpreted_write_kv.py '[spec_args, …]'``."""
+"""The gate on interpreted kernels that move K and V: ``interpreted_moves.py '[spec_args, …]'``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,35 @@ from pagedgen.values.target import Target
 HOST = Target("interpreter", "cuda", "sm_90", 4, fp8_convert=True)
 
 
+def as_bytes(tensor):
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
 class Interpreted:
     """The library ABI over an interpreted kernel: what the generated launcher does, in Python."""
 
     def __init__(self, spec, schedule, folder):
         self.spec, self.tile_m = spec, schedule.int("tile_m")
-        self.kernel = load_source(render(spec, HOST, schedule).text, folder).paged_write_kv
+        self.kernel = getattr(load_source(render(spec, HOST, schedule).text, folder), f"paged_{spec.op}")
 
-    def write_kv(self, new_k, new_v, slots, k, v, k_scale, v_scale, variant):
-        if self.spec.kv_dtype.is_fp8:
-            k, v = k.view(torch.uint8), v.view(torch.uint8)
+    def write_kv(self, rows_k, rows_v, slots, k, v, k_scale, v_scale, variant):
+        rows_k, rows_v, k, v = map(as_bytes, (rows_k, rows_v, k, v))
         scales = [] if k_scale is None else [k_scale, v_scale]
-        strides = [*new_k.stride()[:2], *new_v.stride()[:2], *k.stride()[:3], *v.stride()[:3]]
-        rows = len(new_k) * self.spec.num_kv_heads
-        self.kernel[(-(-rows // self.tile_m),)](new_k, new_v, slots, k, v, *scales, len(new_k), *strides)
+        strides = [*rows_k.stride()[:2], *rows_v.stride()[:2], *k.stride()[:3], *v.stride()[:3]]
+        rows = len(rows_k) * self.spec.num_kv_heads
+        grid = (-(-rows // self.tile_m),)
+        self.kernel[grid](rows_k, rows_v, slots, k, v, *scales, len(rows_k), *strides)
+
+    gather = write_kv
+
+    def copy_blocks(self, src_origin, dst_origin, src, dst, pairs, page_bytes, variant):
+        here = torch.zeros(4, dtype=torch.int32)  # the interpreter takes no bare address: all count from this
+        src, dst = (
+            table + torch.tensor([origin - here.data_ptr(), 0, 0])
+            for table, origin in ((src, src_origin), (dst, dst_origin))
+        )
+        chunks = -(-page_bytes // (self.tile_m * self.spec.page_align))
+        self.kernel[(len(pairs) * len(src) * chunks,)](here, here, src, dst, pairs, len(src), chunks)
 
 
 def main() -> int:
@@ -43,7 +58,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for spec_args in ast.literal_eval(sys.argv[1]):
-            spec = conftest.make_spec(op="write_kv", **spec_args)
+            spec = conftest.make_spec(**spec_args)
             callee = Interpreted(spec, default_schedule(spec, HOST), Path(folder))
             verdict = gate(callee, spec, 0, "cpu", 5)
             print(spec.name, verdict)

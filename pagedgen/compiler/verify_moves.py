@@ -1,0 +1,180 @@
+"""The gate of operators that move K and V: every byte is what torch's own operators leave there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from pagedgen.compiler.verify import POOLS, Pool, empty_pool
+from pagedgen.compiler.verify_write import WriteCase
+from pagedgen.errors import ArgumentError
+from pagedgen.runtime.attention import TORCH_DTYPES
+from pagedgen.runtime.block_pools import BlockPools
+from pagedgen.values.record import Verdict
+from pagedgen.values.spec import KernelSpec, KVScale, Op
+
+COUNTS = (1, 77, 300)  # tokens, or pairs of blocks: one, an odd number, several programs
+
+
+class Case(Protocol):
+    """Arguments of one call, and what there must be after it."""
+
+    def call(self, callee: Any, variant: int) -> None:
+        """Call the operator."""
+
+    def judge(self) -> str:
+        """What is wrong, or nothing."""
+
+
+def gate_move(
+    callee: Any,
+    spec: KernelSpec,
+    variant: int,
+    device: torch.device,
+    seed: int,
+    wrap: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+) -> Verdict:
+    """Try one variant on pools of every layout, with slots or blocks out of order."""
+    kinds: dict[Op, Callable[..., Case]] = {
+        Op.WRITE_KV: WriteCase,
+        Op.GATHER: GatherCase,
+        Op.COPY_BLOCKS: CopyCase,
+    }
+    for number, (count, pool) in enumerate(zip(COUNTS, POOLS, strict=True)):
+        case = kinds[spec.op](spec, count, pool, device, seed + number)
+
+        def call(case: Case = case) -> None:
+            case.call(callee, variant)
+
+        try:
+            (wrap(call) if wrap else call)()
+        except ArgumentError:
+            raise
+        except Exception as problem:  # any failure of a candidate is a verdict, not a crash of the search
+            return Verdict(False, number + 1, float("inf"), 0.0, seed, f"call failed: {problem}")
+        if reason := case.judge():
+            where = f"{reason} (case {number}: {count}, pool {pool})"
+            return Verdict(False, number + 1, float("inf"), 0.0, seed, where)
+    return Verdict(True, len(COUNTS), 0.0, 0.0, seed)
+
+
+class GatherCase:
+    """Tokens from slots out of order, some of them not wanted; outputs are cut from one tensor of NaN.
+
+    An fp8 pool holds every code, NaN included.
+    """
+
+    def __init__(self, spec: KernelSpec, count: int, pool: Pool, device: torch.device, seed: int) -> None:
+        make = torch.Generator(device="cpu").manual_seed(seed)
+        heads, dim = spec.num_kv_heads, spec.head_dim
+        num_blocks = -(-count // spec.block_size) + 3
+        kind, is_fp8 = TORCH_DTYPES[spec.kv_dtype], spec.kv_dtype.is_fp8
+        slots = torch.randperm(num_blocks * spec.block_size, generator=make)[:count]
+        if count > 1:
+            slots[::5] = -1
+        self.slots = slots.to(device)
+        k, v = empty_pool(spec, num_blocks, pool, device)
+        for held in (k, v):
+            if is_fp8:
+                held.copy_(torch.randint(0, 256, held.shape, generator=make, dtype=torch.int32))
+            else:
+                held.copy_(torch.randn(held.shape, generator=make))
+        self.k, self.v = (k.view(kind), v.view(kind)) if is_fp8 else (k, v)
+        self.scales: list[torch.Tensor | None] = [None, None]
+        if spec.kv_scale is not KVScale.NONE:
+            size = heads if spec.kv_scale is KVScale.HEAD else 1
+            self.scales = [(torch.rand(size, generator=make) + 0.5).to(device) for _ in range(2)]
+        wide = torch.full((count, 3 * heads, dim), 0x7F, dtype=torch.uint8, device=device)
+        out = TORCH_DTYPES[spec.q_dtype]
+        both = (
+            wide.view(out)
+            if out.itemsize == 1
+            else torch.full(wide.shape, float("nan"), device=device).to(out)
+        )
+        self.outs = [both[:, heads : 2 * heads], both[:, 2 * heads :]]
+        kept = self.slots >= 0
+        blocks = self.slots[kept] // spec.block_size
+        places = self.slots[kept] % spec.block_size
+        self.expected = []
+        for held, scale, into in zip((k, v), self.scales, self.outs, strict=True):
+            rows = held[blocks, places]
+            if scale is not None:
+                rows = (rows.view(kind).float() * scale[:, None]).to(out)
+            want = into.clone()
+            if is_fp8 and scale is None:
+                want.view(torch.uint8)[kept] = rows
+            else:
+                want[kept] = rows
+            self.expected.append(want)
+
+    def call(self, callee: Any, variant: int) -> None:
+        """Call the operator."""
+        callee.gather(*self.outs, self.slots, self.k, self.v, *self.scales, variant)
+
+    def judge(self) -> str:
+        """What is wrong, or nothing."""
+        for name, got, want in zip(("out_k", "out_v"), self.outs, self.expected, strict=True):
+            if got.element_size() == 1:
+                same = got.contiguous().view(torch.uint8) == want.contiguous().view(torch.uint8)
+            else:
+                same = (got == want) | (got.isnan() & want.isnan())
+            if not bool(same.all()):
+                first = (~same).nonzero()[0].tolist()
+                return f"{int((~same).sum())} wrong elements of {name}, the first at {first}"
+        return ""
+
+
+class CopyCase:
+    """Blocks from some pools into others, or into other blocks of the same; sources repeat.
+
+    Pools are K's and V's of several layers, in memory of their own or beside each other in one tensor.
+    """
+
+    LAYERS = 3
+
+    def __init__(self, spec: KernelSpec, count: int, pool: Pool, device: torch.device, seed: int) -> None:
+        make = torch.Generator(device="cpu").manual_seed(seed)
+        rows = spec.block_size * spec.num_kv_heads * spec.kv_dtype.size
+        pages = (rows * spec.head_dim, rows * spec.v_dim)
+        count = max(1, min(count // 4, (8 << 20) // (sum(pages) * self.LAYERS)))
+        num_blocks = 2 * count + 3
+
+        def some_pools(step: int) -> list[torch.Tensor]:
+            shape = (num_blocks, sum(pages) + step)
+            found: list[torch.Tensor] = []
+            for _ in range(self.LAYERS):
+                layer = torch.randint(0, 256, shape, generator=make, dtype=torch.uint8).to(device)
+                found += [layer[:, : pages[0]], layer[:, pages[0] : sum(pages)]]
+            return found if pool != "nhd" else [p.contiguous() for p in found]
+
+        self.pools = some_pools(0)
+        self.into = some_pools(64) if pool == "packed" else self.pools
+        order = torch.randperm(num_blocks, generator=make)
+        source = order[torch.randint(0, max(1, count // 2), (count,), generator=make)]
+        self.pairs = torch.stack((source, order[-count:]), dim=1).to(device)
+        self.expected = [held.clone() for held in self.into]
+        for held, want in zip(self.pools, self.expected, strict=True):
+            want[self.pairs[:, 1]] = held[self.pairs[:, 0]]
+        self.src, self.dst = BlockPools.of(self.pools), BlockPools.of(self.into)
+
+    def call(self, callee: Any, variant: int) -> None:
+        """Call the operator."""
+        callee.copy_blocks(
+            self.src.origin,
+            self.dst.origin,
+            self.src.table,
+            self.dst.table,
+            self.pairs,
+            max(self.src.pages),
+            variant,
+        )
+
+    def judge(self) -> str:
+        """What is wrong, or nothing."""
+        for number, (got, want) in enumerate(zip(self.into, self.expected, strict=True)):
+            if not torch.equal(got, want):
+                wrong = (got != want).nonzero()
+                return f"{len(wrong)} wrong bytes of pool {number}, the first at {wrong[0].tolist()}"
+        return ""

@@ -1,0 +1,180 @@
+"""Kernels that move K and V on a real GPU: formats, scales and shapes through the gate, and a cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import pagedgen
+from pagedgen.compiler.build import Choice, build
+from pagedgen.compiler.compile import compile_source
+from pagedgen.compiler.link import link
+from pagedgen.compiler.render import render
+from pagedgen.compiler.space import default_schedule, feasible
+from pagedgen.compiler.verify import gate
+from pagedgen.runtime import ops
+from pagedgen.runtime.block_pools import BlockPools
+from pagedgen.runtime.kv_cache import KVCache, KVShape
+from pagedgen.runtime.kv_layout import KVLayout
+from pagedgen.runtime.library import Library
+from pagedgen.values.manifest import Rule
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.values.target_table import target
+
+EVERY_CALL = (Rule(2**31 - 1, 2**31 - 1, 0),)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (docs/gpu_tests.md)"),
+]
+NAMES = {(8, 0): "a100", (8, 9): "l40s", (9, 0): "h100", (10, 0): "b200"}
+F16, BF16, F32, E4M3, E5M2 = DType.F16, DType.BF16, DType.F32, DType.FP8_E4M3, DType.FP8_E5M2
+SHAPES = ((128, 8, 16), (80, 3, 1), (256, 1, 64), (40, 32, 544))
+CONVERTING = tuple(
+    KernelSpec(op, head_dim, heads, heads, block_size, q, kv or q, scale if kv else KVScale.NONE)
+    for op in (Op.WRITE_KV, Op.GATHER)
+    for head_dim, heads, block_size in SHAPES
+    for q, kv, scale in (
+        (F16, None, KVScale.NONE),
+        (BF16, None, KVScale.NONE),
+        (F16, E4M3, KVScale.TENSOR),
+        (BF16, E4M3, KVScale.HEAD),
+        (BF16, E5M2, KVScale.TENSOR),
+        (F32, E5M2, KVScale.HEAD),
+    )
+)
+
+
+AS_STORED = tuple(
+    KernelSpec(op, head_dim, heads, heads, block_size, kind, kind)
+    for op in (Op.GATHER, Op.COPY_BLOCKS)
+    for head_dim, heads, block_size in (*SHAPES, (40, 1, 1))
+    for kind in (F16, E4M3)
+)
+SPECS = tuple(dict.fromkeys((*CONVERTING, *AS_STORED)))
+
+
+def captured(call):
+    """The same call, captured in a CUDA graph and replayed."""
+
+    def replay() -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+@pytest.fixture(scope="module")
+def pack_of(tmp_path_factory):
+    """A pack of default kernels."""
+
+    def make(*specs):
+        to = target(NAMES[torch.cuda.get_device_capability()])
+        choices = [
+            Choice((compile_source(render(spec, to, default_schedule(spec, to))),), EVERY_CALL, ())
+            for spec in specs
+        ]
+        return pagedgen.load(build(choices, tmp_path_factory.mktemp("packs") / "moves.pack"))
+
+    return make
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_kernels_pass_the_gate(tmp_path, spec):
+    to = target(NAMES[torch.cuda.get_device_capability()])
+    schedules = (default_schedule(spec, to), feasible(spec, to)[0], feasible(spec, to)[-1])
+    library = Library(link([compile_source(render(spec, to, s)) for s in schedules], (), tmp_path / "w.so"))
+    library.prepare(0)
+    for variant, schedule in enumerate(schedules):
+        for wrap in (None, captured):
+            verdict = gate(library, spec, variant, "cuda", 3, wrap=wrap)
+            assert verdict.passed, (schedule.name, verdict)
+
+
+@pytest.mark.parametrize("layout", list(KVLayout))
+def test_a_cache_with_kernels_holds_what_one_without_holds(pack_of, layout):
+    """Copies, swaps that overlap with later writes, gathers; a captured copy, replayed with other pairs."""
+    pack = pack_of(
+        KernelSpec(Op.COPY_BLOCKS, 128, 8, 8, 16, E4M3, E4M3),
+        KernelSpec(Op.GATHER, 128, 8, 8, 16, BF16, E4M3, KVScale.HEAD, layout.k_inner)
+        if layout is not KVLayout.KTOKEN
+        else KernelSpec(Op.GATHER, 128, 8, 8, 32, E4M3, E4M3),
+    )
+    shape = KVShape(6, 8, 128, 16, E4M3, KVScale.HEAD, layout)
+    scale = torch.rand(6, 8) + 0.5
+    plain, cache = (
+        KVCache(shape, 400, "cuda", num_host_blocks=300, k_scale=scale, v_scale=scale, attention=attention)
+        for attention in (None, pack)
+    )
+    assert cache.copier is not None and plain.copier is None
+    plain.storage.copy_(torch.randint(0, 255, plain.storage.shape, dtype=torch.uint8, device="cuda"))
+    cache.storage.copy_(plain.storage)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        order = rng.permutation(400).astype(np.int32)
+        host = np.sort(rng.permutation(300)[:200]).astype(np.int32)
+        for held in (plain, cache):
+            held.copy_blocks(np.stack((order[:100], order[200:300]), axis=1))
+            held.swap_out(np.stack((order[:200], host), axis=1))
+            held.storage[:, :, torch.from_numpy(order[:200]).cuda().long()] = 7
+            held.swap_in(np.stack((host[::-1], order[100:300]), axis=1))
+        assert torch.equal(plain.storage[:, :, :400], cache.storage[:, :, :400])
+    slots = cache.token_slots(order[:20], 311)
+    for dtype in (None, torch.bfloat16):
+        for got, want in zip(cache.gather(3, slots, dtype), plain.gather(3, slots, dtype), strict=True):
+            assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+    pairs = torch.tensor([[0, 1], [2, 3]], device="cuda")
+    ops.copy_kv_blocks(cache, pairs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.copy_kv_blocks(cache, pairs)
+    cache.storage.copy_(plain.storage)
+    pairs.copy_(torch.tensor([[5, 9], [5, 8]]))
+    graph.replay()
+    plain.copy_blocks(np.array([[5, 9], [5, 8]], np.int32))
+    assert torch.equal(plain.storage[:, :, :400], cache.storage[:, :, :400])
+
+
+def test_blocks_go_to_pinned_memory_and_back(pack_of):
+    """The kernel itself reaches host memory: one launch, no staging."""
+    pack = pack_of(KernelSpec(Op.COPY_BLOCKS, 128, 8, 8, 16, F16, F16))
+    pools = [torch.randn(20, 16, 8, 128, device="cuda").half() for _ in range(6)]
+    before = [pool.clone() for pool in pools]
+    host = [torch.empty(20, 16, 8, 128, dtype=torch.float16, pin_memory=True) for _ in range(6)]
+    here, there = BlockPools.of(pools), BlockPools.of(host, "cuda")
+    pairs = torch.tensor([[3, 0], [7, 19], [11, 4]], device="cuda")
+    pack.copy_blocks(here, pairs, into=there)
+    for pool in pools:
+        pool.zero_()
+    pack.copy_blocks(there, pairs.flip(1).contiguous(), into=here)
+    torch.cuda.synchronize()
+    for pool, want in zip(pools, before, strict=True):
+        assert torch.equal(pool[[3, 7, 11]], want[[3, 7, 11]]) and not pool[[0, 19, 4]].any()
+
+
+def test_pools_past_2_to_the_31(pack_of):
+    """The last blocks of pools of more than 2^31 elements are written, copied and gathered."""
+    shape = (140_000, 16, 8, 128)
+    pack = pack_of(
+        KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, F16, E4M3, KVScale.TENSOR),
+        KernelSpec(Op.GATHER, 128, 8, 8, 16, F16, E4M3, KVScale.TENSOR),
+        KernelSpec(Op.COPY_BLOCKS, 128, 8, 8, 16, E4M3, E4M3),
+    )
+    k, v = (torch.zeros(shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn) for _ in range(2))
+    assert k.numel() > 2**31
+    new = (torch.randint(-8, 9, (2, 3, 8, 128), device="cuda") / 4).half()
+    last = shape[0] * 16 - 1
+    one = torch.ones(1, device="cuda")
+    slots = torch.tensor([last, last - 16, 5], device="cuda")
+    pack.write_kv(new[0], new[1], slots, k, v, k_scale=one, v_scale=one)
+    pairs = torch.tensor([[shape[0] - 1, shape[0] - 3], [shape[0] - 2, 2]], device="cuda")
+    pack.copy_blocks(BlockPools.of([k, v]), pairs)
+    out_k, out_v = torch.empty_like(new[0]), torch.empty_like(new[1])
+    moved = torch.tensor([last - 32, 47, 5], device="cuda")
+    pack.gather(moved, k, v, out_k, out_v, k_scale=one, v_scale=one)
+    assert torch.equal(out_k, new[0]) and torch.equal(out_v, new[1])
+    for pool in (k, v):
+        assert int(pool.view(torch.uint8).view(torch.int64).count_nonzero()) <= 5 * 8 * 128 // 8
