@@ -112,13 +112,18 @@ def assemble(binaries: Sequence[Binary], dispatch: Sequence[Rule], *, embed: Emb
             architecture could use (``sm_90a`` and the like).
 
     Raises:
-        InvalidValue: several specs or targets, a rule that names no variant, an unknown ``embed``.
+        InvalidValue: several specs or targets, a rule that names no variant, several variants of a batch
+            invariant spec, an unknown ``embed``.
         Unsupported: a kind of target that has no launcher.
     """
     spec, target = common(binaries)
     for rule in dispatch:
         if not 0 <= rule.variant < len(binaries):
             raise InvalidValue("variant", rule.variant, f"0 to {len(binaries) - 1} is allowed")
+    used = sorted({rule.variant for rule in dispatch})
+    if spec.batch_invariant and len(used) > 1:
+        allowed = f"one variant is allowed: the batch must not pick the bits of {spec.name}"
+        raise InvalidValue("dispatch", used, allowed)
     if embed not in EMBEDS:
         raise InvalidValue("embed", embed, f"allowed: {', '.join(EMBEDS)}")
     shared: dict[str, object] = {
@@ -147,8 +152,9 @@ def _own_fields(schedule: Schedule) -> tuple[str, ...]:
         return str(schedule.int("tile_m")), str(schedule.int("waves"))
     if schedule.template != "triton-decode":
         return (str(schedule.int("tile_m")),)
-    even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
-    return str(schedule.int("waves")), str(even).lower(), str(pdl).lower()
+    even, pdl = schedule["split"] not in ("pieces", "walk"), schedule.int("pdl") == 1
+    own = str(schedule.int("waves")), str(even).lower(), str(pdl).lower()
+    return (*own, str(schedule.int("max_parts"))) if schedule["split"] == "fixed" else own
 
 
 def _assemble_gpu(
@@ -217,10 +223,23 @@ def _assemble_cpu(binaries: Sequence[Binary], shared: Mapping[str, object], spec
     q, kv = spec.q_dtype.size, spec.kv_dtype.size
     align = Align(q=q, out=q, k=kv, v=kv, q_stride=1, out_stride=1, k_stride=1, v_stride=1, workspace=16)
     names = [f"{i}.o" for i in range(len(binaries))]
+    extend_only: dict[str, object] = {}
+    if spec.op is Op.EXTEND:
+        from pagedgen.templates.tvm.extend import Shape
+
+        sources = [binary.source for binary in binaries]
+        extend_only = {"shapes": [Shape.of(spec, each.target, each.schedule) for each in sources]}
     source = (
         environment()
         .get_template("launcher/cpu.cc.j2")
-        .render(**shared, binaries=tuple(binaries), symbols=symbols, align=align, max_kv_stride="INT64_MAX")
+        .render(
+            **shared,
+            binaries=tuple(binaries),
+            symbols=symbols,
+            align=align,
+            max_kv_stride="INT64_MAX",
+            **extend_only,
+        )
     )
     files = tuple((name, b.file("kernel.o")) for name, b in zip(names, binaries, strict=True))
     return Assembly(source, files, tuple(names))

@@ -286,8 +286,8 @@ class TvmDecode(Family):
             else interleave(0, lanes, lanes),
             "mix_v": [j * 32 + o * 16 + 4 * x + y for x, o, y, j in octets],
             "dot_lanes": sorted({lanes, shape.v_lanes}),
-            "tree": sum_tree(lanes),
-            "table": {"low": low, "high": high},
+            "tree": [] if inner else sum_tree(lanes),
+            "table": {"low": low, "high": high} if fp8 else {},
             "unpack_low": [64 * b + 16 * x + y for x in range(4) for y in range(8) for b in range(2)],
             "unpack_high": [64 * b + 16 * x + 8 + y for x in range(4) for y in range(8) for b in range(2)],
         }

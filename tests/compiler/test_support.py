@@ -33,7 +33,7 @@ def test_the_matrix_in_the_docs_is_what_the_families_say():
 def test_a_cell_says_why_it_is_refused(make_spec):
     cpu = PROOFS[-1]
     assert cell(BASE, cpu) == "tested"
-    assert cell(make_spec(op="extend"), cpu) == "refused: op extend on target kind cpu: no template"
+    assert cell(make_spec(op="verify"), cpu) == "refused: op verify on target kind cpu: no template"
     gpu = PROOFS[0]
     assert cell(make_spec(head_dim_v=64, alibi=True), gpu) == "covered"
     assert "head_dim_v = 64: tvm-decode covers head_dim_v = head_dim (128)" in cell(

@@ -1,0 +1,242 @@
+"""The CPU extend family: what it computes on every instruction-set level; its source, space and launcher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pagedgen.compiler.compile import compile_source
+from pagedgen.compiler.cost import predict
+from pagedgen.compiler.link import link
+from pagedgen.compiler.render import render
+from pagedgen.compiler.space import default_schedule, feasible
+from pagedgen.compiler.verify import Case, cases_of, gate, judge, make_inputs, run_case
+from pagedgen.errors import ArgumentError, Unsupported
+from pagedgen.runtime.library import Library
+from pagedgen.templates.tvm.extend import FAMILY
+from pagedgen.templates.tvm.vectors import LEVELS
+from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.target import Target
+from pagedgen.values.workload import Workload
+
+pytest.importorskip("tvm")
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RUNS_HERE = [level for level, needed in CPU_LEVELS.items() if needed <= cpu_flags()]
+needs_cpu = pytest.mark.skipif(not RUNS_HERE, reason="no kernels are made for this processor")
+BEST = RUNS_HERE[0] if RUNS_HERE else "x86_64-avx2"
+SMALL = {"heads": (4, 2), "head_dim": 32}
+
+
+def cpu(arch: str = BEST) -> Target:
+    return Target("cpu", "cpu", arch, 2)
+
+
+@pytest.fixture
+def build(tmp_path):
+    def make(spec: KernelSpec, *schedules: Schedule, arch: str = BEST) -> Library:
+        schedules = schedules or (default_schedule(spec, cpu(arch)),)
+        binaries = [compile_source(render(spec, cpu(arch), schedule)) for schedule in schedules]
+        return Library(link(binaries, (), tmp_path / f"{spec.name}-{arch}.so"))
+
+    return make
+
+
+GRID = {
+    "bf16": {"q": "bf16", "k_inner": "token"},
+    "f16-mha": {"q": "f16", "heads": (2, 2), "lse": True},
+    "f32-g7": {"q": "f32", "heads": (14, 2), "head_dim": 40, "block_size": 24, "k_inner": "token"},
+    "e4m3": {"q": "bf16", "kv": "fp8_e4m3", "scale": "head", "heads": (10, 2)},
+    "e5m2": {"q": "f32", "kv": "fp8_e5m2", "k_inner": "token"},
+    "slots": {"q": "f16", "block_size": 1, "k_inner": "token"},
+    "block-5": {"q": "bf16", "block_size": 5, "heads": (3, 1), "k_inner": "token"},
+    "block-544-h248": {"q": "f16", "block_size": 544, "heads": (1, 1), "head_dim": 248},
+    # Without a soft cap, whose large scores leave sinks no weight.
+    "window-sinks": {"q": "f32", "heads": (2, 1), "window": 60, "sinks": True, "lse": True},
+    "masks": {
+        "q": "bf16", "kv": "fp8_e4m3", "k_inner": "token", "block_size": 24, "window": 300,
+        "logits_soft_cap": 50.0, "sinks": True, "lse": True,
+    },
+}  # fmt: skip
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", GRID)
+def test_gate(name, build, make_spec):
+    spec = make_spec(**{**SMALL, **GRID[name]}, op="extend")
+    verdict = gate(build(spec), spec, 0, "cpu", seed=1)
+    assert verdict.passed, verdict.reason
+
+
+@needs_cpu
+@pytest.mark.parametrize("k_inner", ["token", "dim"])
+def test_every_kind_of_block_is_right(k_inner, build, make_spec):
+    """Of few rows and many, in small tiles and large ones."""
+    spec = make_spec(32, (6, 2), 16, "f32", k_inner=k_inner, op="extend")
+    legal = sorted(feasible(spec, cpu()), key=lambda s: (s.int("vectors"), s.int("blocks"), s.int("tile")))
+    picked = (legal[0], legal[len(legal) // 2], legal[-1])
+    library = build(spec, *picked)
+    for variant, schedule in enumerate(picked):
+        verdict = gate(library, spec, variant, "cpu", seed=2, cases=cases_of(spec, 2)[::3])
+        assert verdict.passed, f"{schedule.name}: {verdict.reason}"
+
+
+@pytest.mark.parametrize("arch", RUNS_HERE[1:])
+@pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("bf16", "fp8_e4m3")])
+def test_lower_levels_are_right_too(arch, dtypes, build, make_spec):
+    spec = make_spec(32, (8, 2), 16, *dtypes, k_inner="token", op="extend")
+    verdict = gate(build(spec, arch=arch), spec, 0, "cpu", seed=3, cases=cases_of(spec, 3)[::3])
+    assert verdict.passed, verdict.reason
+
+
+@pytest.mark.parametrize("arch", LEVELS)
+def test_cross_compiles_for_every_level(arch, make_spec):
+    """Object files of the right machine, wherever they are compiled; bf16 products where there are any."""
+    spec = make_spec(64, (8, 2), 16, "bf16", "fp8_e4m3", op="extend")
+    source = render(spec, cpu(arch), default_schedule(spec, cpu(arch)))
+    assert ("dpbf16ps" in source.text) == (arch == "x86_64-avx512bf16")
+    code = compile_source(source).file("kernel.o")
+    assert {"x86_64": 62, "aarch64": 183}[arch.split("-")[0]] == int.from_bytes(code[18:20], "little")
+    assert b"_query_tile" in code
+
+
+@needs_cpu
+def test_a_row_does_not_depend_on_how_its_prompt_was_cut(build, make_spec):
+    """Whole, in chunks and beside other sequences: the same bits, but for tiles of other rows."""
+    spec = make_spec(32, (4, 2), 16, "f32", op="extend")
+    library = build(spec)
+    whole = make_inputs(spec, (300,), seed=5, poison=False)
+    workspace = torch.zeros(library.workspace_bytes(4), dtype=torch.uint8)
+    run_case(spec, library, 0, whole, workspace)
+    for cuts in ((300,), (1, 299), (37, 64, 100, 99), (299, 1)):
+        out, end = torch.full_like(whole.out, float("nan")), 0
+        for count in cuts:
+            first, end = end, end + count
+            rows = slice(first, end)
+            library.extend(
+                whole.q[rows], whole.k, whole.v, whole.block_table, torch.tensor([end], dtype=torch.int32),
+                torch.tensor([0, count], dtype=torch.int32), out[rows], None, whole.softmax_scale, None, None,
+                workspace, 304, 0,
+            )  # fmt: skip
+        torch.testing.assert_close(out, whole.out, rtol=2e-6, atol=2e-7)
+
+
+@needs_cpu
+def test_offsets_of_64_bits(build, make_spec):
+    """A pool of more than 2^31 elements; only the blocks that are used take memory."""
+    spec = make_spec(32, (4, 1), 16, "bf16", "fp8_e4m3", op="extend")
+    inputs = make_inputs(spec, (40,), poison=False)
+    count = (1 << 31) // (16 * 32) + 8
+    pools = []
+    for small in (inputs.k, inputs.v):
+        large = torch.empty(count * 16 * 32, dtype=torch.uint8).as_strided(
+            (count, *small.shape[1:]), small.stride()
+        )
+        pools.append(large)
+    far = torch.tensor([[count - 1, 2, count - 5]], dtype=torch.int32)
+    for near, place in zip(inputs.block_table[0].tolist(), far[0].tolist(), strict=True):
+        for large, small in zip(pools, (inputs.k, inputs.v), strict=True):
+            large[place] = small.view(torch.uint8)[near]
+    library = build(spec)
+    workspace = torch.zeros(library.workspace_bytes(1), dtype=torch.uint8)
+    library.extend(
+        inputs.q, pools[0], pools[1], far, inputs.seq_lens, inputs.cu_seqlens_q, inputs.out, None,
+        inputs.softmax_scale, inputs.k_scale, inputs.v_scale, workspace, 48, 0,
+    )  # fmt: skip
+    assert judge(spec, inputs)[2] == ""
+
+
+@needs_cpu
+def test_what_only_a_cpu_checks(build, make_spec):
+    spec = make_spec(32, (4, 2), 16, "f32", op="extend")
+    library = build(spec)
+    workspace = torch.zeros(library.workspace_bytes(2), dtype=torch.uint8)
+    for change, message in (
+        ({"seq_lens": 49}, r"seq_lens\[1\] = 49: 0 to 48 is allowed"),
+        (
+            {"seq_lens": 9},
+            r"cu_seqlens_q\[2\] - cu_seqlens_q\[1\] = 10: at most seq_lens\[1\] = 9 is allowed",
+        ),
+        ({"cu_seqlens_q": 31}, r"cu_seqlens_q\[2\] = 30: 31 to 33 is allowed"),
+        ({"cu_seqlens_q": -1}, r"cu_seqlens_q\[1\] = -1: 0 to 33 is allowed"),
+        ({"block_table": 99}, r"block_table\[1, 1\] = 99: 0 to 7 is allowed"),
+    ):
+        inputs = make_inputs(spec, (20, 40), query_lens=(20, 10))
+        ((name, value),) = change.items()
+        place = (1, 1) if name == "block_table" else 1
+        getattr(inputs, name)[place] = value
+        with pytest.raises(ArgumentError, match=message):
+            run_case(spec, library, 0, inputs, workspace)
+        assert inputs.out.isnan().all(), "something was written before the check"
+    inputs = make_inputs(spec, (20, 40), query_lens=(20, 0))
+    inputs.seq_lens[1], inputs.block_table[1] = 48, 99  # not read where there is no query
+    run_case(spec, library, 0, inputs, workspace)
+    assert judge(spec, inputs)[2] == ""
+
+
+@needs_cpu
+def test_one_thread_and_many(build, make_spec):
+    """Which thread takes a tile changes nothing; workspace need not be clean."""
+    spec = make_spec(32, (4, 2), 16, "f32", op="extend")
+    library = build(spec)
+    inputs = make_inputs(spec, (900, 3, 0, 700), query_lens=(500, 3, 0, 1), poison=False)
+    workspace = torch.full((library.workspace_bytes(4),), 255, dtype=torch.uint8)
+    run_case(spec, library, 0, inputs, workspace)
+    want = inputs.out.clone()
+    library.set_num_threads(1)
+    inputs.out.fill_(float("nan"))
+    run_case(spec, library, 0, inputs, workspace)
+    assert torch.equal(inputs.out, want)
+    verdict = gate(library, spec, 0, "cpu", seed=4, cases=[Case((333, 70), "hnd", query_lens=(333, 1))])
+    assert verdict.passed, verdict.reason
+
+
+def test_space_cost_and_refusal(make_spec):
+    for arch in LEVELS:
+        for settings in GRID.values():
+            spec = make_spec(**{**SMALL, **settings}, op="extend")
+            defaults = {field.name: field.default for field in FAMILY.fields(spec, cpu(arch))}
+            assert Schedule.of(FAMILY.name, **defaults) in feasible(spec, cpu(arch)), (arch, spec.name)
+    spec, target, work = make_spec(q="f32", op="extend"), cpu("x86_64-avx2"), Workload.chunks(1, 1024, 1024)
+    best = default_schedule(spec, target)
+
+    def time_us(
+        **changes,
+    ) -> float:  # as measured: 57 ms, 95 with a vector of rows, 62 with small query tiles
+        return predict(
+            spec, target, Schedule.of(best.template, **{**dict(best.choices), **changes}), work
+        ).time_us
+
+    assert time_us() < time_us(blocks=2) < time_us(vectors=1)
+    with pytest.raises(Unsupported, match="arch x86_64-sse2 of target old"):
+        FAMILY.check(spec, Target("old", "cpu", "x86_64-sse2", 2))
+
+
+GOLDENS = {
+    "tvm-extend-llama-3-8b-bf16": {"q": "bf16"},
+    "tvm-extend-f16-ktoken-masks": {
+        "q": "f16",
+        "k_inner": "token",
+        "window": 128,
+        "sinks": True,
+        "lse": True,
+    },
+}
+LEVEL_OF = {"tvm-extend-llama-3-8b-bf16": "x86_64-avx512bf16", "tvm-extend-f16-ktoken-masks": "x86_64-avx2"}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_rendered_source_is_pinned(name, make_spec):
+    """Regenerate with PAGEDGEN_UPDATE_GOLDEN=1 and read the difference before committing it."""
+    target = cpu(LEVEL_OF[name])
+    spec = make_spec(**GOLDENS[name], op="extend")
+    text = render(spec, target, default_schedule(spec, target)).text
+    path = GOLDEN / f"{name}.py"
+    if os.environ.get("PAGEDGEN_UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
