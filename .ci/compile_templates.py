@@ -21,6 +21,7 @@ SPECS = (
     KernelSpec(Op.DECODE, 96, 16, 1, 544, BF16, E5M2, KVScale.HEAD, return_lse=True),
     KernelSpec(Op.EXTEND, 128, 32, 8, 16, BF16, BF16),
     KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, BF16, E4M3, KVScale.HEAD),
+    KernelSpec(Op.MERGE, 128, 32, 32, 1, BF16, BF16, sinks=True),
     KernelSpec(Op.COPY_BLOCKS, 128, 8, 8, 16, BF16, BF16),
     KernelSpec(Op.GATHER, 128, 8, 8, 16, BF16, E5M2, KVScale.HEAD),
     KernelSpec(Op.GATHER, 80, 8, 8, 1, E4M3, E4M3),

@@ -111,6 +111,8 @@ class Rotation:
         count = min(64, 1 + math.ceil(ROTATION * last_level_cache_bytes(device) / size))
         if size > ROTATION * last_level_cache_bytes(device):
             count = 1  # a call reads so much that it evicts its own beginning
+        # with a window a call reads little of a lot
+        count = max(1, min(count, KEPT_BYTES[device] // 2 // max(1, workload.cache_bytes(spec))))
         self.turns = Turns(count)
         pool, queries = pool_layout(device), workload.lens_of_queries
         self.inputs: list[Inputs] = []
@@ -132,7 +134,7 @@ def rotation(spec: KernelSpec, workload: Workload, device: str, seed: int = 0) -
     if key in _rotations:
         _rotations.move_to_end(key)
         return _rotations[key]
-    room = KEPT_BYTES[device] - max(1, workload.kv_bytes(spec))
+    room = KEPT_BYTES[device] - max(1, workload.cache_bytes(spec))
     while _rotations and sum(r.num_bytes for r in _rotations.values()) > room:
         _rotations.popitem(last=False)
         _clocks.clear()  # they hold on to their inputs

@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pagedgen.errors import InvalidValue
+from pagedgen.values import codec
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Status
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.workload import Workload
 
 WORST_REGRET = 0.02
+ONE_FOR_ALL = math.inf  # as worst_regret: the one schedule with the least mean regret, whatever its worst
 NOISE = 0.003  # in mean regret, between equals: medians of a run's finalists repeat to about that
 ANY = 2**31 - 1  # a rule with this bound holds for every call
 EXHAUSTIVE = 50_000  # subsets tried before the greedy cover takes over
@@ -24,13 +26,15 @@ class Selection:
     """The kernels of one spec, and the table that picks one for a call.
 
     ``worst_regret`` is the largest slowdown, over the tuned workloads, of the table's pick against the
-    fastest of all candidates: 0.013 is 1.3%.
+    fastest of all candidates: 0.013 is 1.3%. ``expected_regret``, of a predicted selection alone, is what
+    such picks have cost against a device's own best where that was measured, in the median.
     """
 
     status: Status
     variants: tuple[Schedule, ...]
     dispatch: tuple[Rule, ...]
     worst_regret: float
+    expected_regret: float | None = field(default=None, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -39,6 +43,8 @@ class Selection:
             raise InvalidValue(
                 "dispatch", self.dispatch[-1:], f"the last row covers everything ({ANY}, {ANY})"
             )
+        if self.expected_regret is not None and self.status is not Status.PREDICTED:
+            raise InvalidValue("expected_regret", self.expected_regret, "a measured selection has none")
         for rule in self.dispatch:
             if not 0 <= rule.variant < len(self.variants):
                 raise InvalidValue("variant", rule.variant, f"0 to {len(self.variants) - 1} is allowed")

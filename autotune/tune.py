@@ -35,7 +35,7 @@ from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.race import race
 from pagedgen.autotune.roofline import Bandwidth, bandwidth
 from pagedgen.autotune.search import Stop, search
-from pagedgen.autotune.select import Selection, select
+from pagedgen.autotune.select import ONE_FOR_ALL, WORST_REGRET, Selection, select
 from pagedgen.autotune.warm import guesses
 from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
 from pagedgen.compiler.compile import compiler_version
@@ -43,7 +43,7 @@ from pagedgen.compiler.families import family_for, template_hash
 from pagedgen.compiler.kernel_hash import kernel_hash
 from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
-from pagedgen.compiler.space import default_schedule, feasible
+from pagedgen.compiler.space import default_schedule, feasible, near_default
 from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate
 from pagedgen.values.codec import content_hash
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
@@ -61,6 +61,7 @@ SKEWED = 4.0  # the longest sequence of a batch over the mean, from which on bal
 SEARCHED = 3  # workloads that candidates are timed on while searching; finalists meet all of them
 SIMPLER = 4  # variants of the winner, each with one choice brought back to its default, among the finalists
 FAVOURITES = 2  # of the model's, tried first
+NEAREST = 3  # to the default, tried first: where the model's favourites all spill, some of these do not
 ENOUGH = 0.97  # share of what the memory can deliver at which the search ends
 RESERVED = 0.25  # share of the budget that is kept for the finalists
 
@@ -86,7 +87,7 @@ class Plan:
 
 
 PLANS: Mapping[Effort, Plan] = {
-    Effort.QUICK: Plan(40, 10, 120.0, (3, 4, 6), 15, 8),
+    Effort.QUICK: Plan(96, 12, 120.0, (3, 4, 6), 15, 8),
     Effort.STANDARD: Plan(120, 12, 900.0, (3, 4, 6, 10), 31, 8),
     Effort.MAX: Plan(480, 16, 3600.0, (5, 6, 10, 16), 51, 12),
 }
@@ -345,7 +346,14 @@ class _Run:
         times: dict[Schedule, dict[Workload, float]] = {}
         for record in records:
             times.setdefault(record.schedule, {})[record.workload] = record.time_us
-        return select(times, defaults=self._defaults()), records, stop
+        return self._selected(times), records, stop
+
+    def _selected(
+        self, times: Mapping[Schedule, Mapping[Workload, float]], status: Status = Status.MEASURED
+    ) -> Selection:
+        # Variants differ in their bits, so that a batch-invariant spec has one, not the batch's.
+        regret = ONE_FOR_ALL if self.spec.batch_invariant else WORST_REGRET
+        return select(times, status, regret, self._defaults())
 
     def _identity(self) -> dict[str, str]:
         """What every worker of a study has to agree on."""
@@ -402,8 +410,8 @@ class _Run:
                 yield Outcome(schedule, mean, records=tuple(row[w.seq_lens] for w in self.searched))
 
     def _start(self, ranked: Mapping[Schedule, float]) -> list[Schedule]:
-        """Tried first: the default, what won before and elsewhere, and the model's favourites."""
-        start = [default_schedule(self.spec, self.target)]
+        """Tried first: the default and its neighbours, what won before, and the model's favourites."""
+        start = list(near_default(self.spec, self.target)[:NEAREST])
         start += guesses(self.database, self.spec, self.target, self.space)
         start += list(ranked)[:FAVOURITES]
         return list(dict.fromkeys(start))
@@ -729,7 +737,8 @@ class _Run:
             if (binary := self.binaries[schedule].binary) is not None
         )
         times = {s: {w: self._predict(s, w) for w in self.workloads} for s in usable}
-        return select(times, Status.PREDICTED, defaults=self._defaults()), records, stop
+        selection = self._selected(times, Status.PREDICTED)
+        return replace(selection, expected_regret=self.calibration.expected_regret), records, stop
 
     # ---- both ----
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pagedgen.runtime.block_manager import BlockManager
     from pagedgen.runtime.kv_cache import KVCache, KVShape
     from pagedgen.runtime.kv_layout import KVLayout
+    from pagedgen.runtime.merge import merge
     from pagedgen.values.schedule import Schedule
     from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
     from pagedgen.values.target import Target
@@ -38,6 +39,7 @@ _PLACES = {
     "Target": "pagedgen.values.target",
     "Workload": "pagedgen.values.workload",
     "load": "pagedgen.runtime.attention",
+    "merge": "pagedgen.runtime.merge",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "Workload",
     "__version__",
     "load",
+    "merge",
 ]
 
 

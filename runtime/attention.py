@@ -591,6 +591,65 @@ class Attention:
             _refuse_strange(pairs=pairs)
             raise
 
+    def merge(
+        self,
+        outs: torch.Tensor,
+        lses: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        spec: KernelSpec | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over a whole context from that over its parts, by one launch; see :func:`pagedgen.merge`.
+
+        Args:
+            outs: ``[num_parts, num_tokens, num_q_heads, head_dim]``, head_dim contiguous.
+            lses: float32 ``[num_parts, num_tokens, num_q_heads]``; -inf: an empty part, not read.
+            out, lse: where the result goes, ``[num_tokens, num_q_heads, head_dim]`` as outs, and float32
+                ``[num_tokens, num_q_heads]``; allocated if not given.
+            sinks: float32 ``[num_q_heads]``, for kernels with ``sinks``.
+            spec: which kernel, where the pack has several that fit the tensors.
+
+        Returns:
+            ``(out, lse)``.
+
+        Raises:
+            ArgumentError: an argument is not as above. Nothing ran.
+            SpecNotInPack: no merge kernel for these tensors; :func:`pagedgen.merge` needs none.
+        """
+        kernel = self._merger(outs, sinks) if spec is None else self.kernel(spec)
+        if kernel.spec.op is not Op.MERGE:
+            raise SpecNotInPack(f"spec = {kernel.spec.name}: a spec of merge is expected")
+        try:
+            if out is None:
+                out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
+            if lse is None:
+                lse = torch.empty(outs.shape[1:3], dtype=torch.float32, device=outs.device)
+            kernel.call(outs, lses, out, lse, -1, *_Extras(sinks).of(kernel))
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(outs=outs, lses=lses, out=out, lse=lse, sinks=sinks)
+            raise
+        return out, lse
+
+    def _merger(self, outs: torch.Tensor, sinks: torch.Tensor | None) -> Kernel:
+        if outs.ndim != 4:
+            shape = "[num_parts, num_tokens, num_q_heads, head_dim]"
+            raise ArgumentError(f"outs.shape = {list(outs.shape)}: rank 4 is expected, {shape}")
+        for kernel in self._kernels.values():
+            spec = kernel.spec
+            fits = spec.op is Op.MERGE and TORCH_DTYPES[spec.q_dtype] == outs.dtype
+            if (
+                fits
+                and outs.shape[2:] == (spec.num_q_heads, spec.head_dim)
+                and spec.sinks == (sinks is not None)
+            ):
+                return kernel
+        what = f"merge of outs {outs.dtype} {list(outs.shape)}{'' if sinks is None else ', sinks given'}"
+        raise SpecNotInPack(f"{what.replace('torch.', '')}: no kernel fits; {self._known()}")
+
     def copier(self, align: int) -> Kernel | None:
         """A copy_blocks kernel for pools whose begins, steps and pages are multiples of ``align`` bytes."""
         for kernel in self._kernels.values():

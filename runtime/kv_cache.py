@@ -256,7 +256,7 @@ class KVCache:
             assert self.attention is not None
             self.attention.copy_blocks(self.pools, index, spec=self.copier)
         else:
-            self.blocks.index_copy_(1, index[:, 1], self.blocks.index_select(1, index[:, 0]))
+            copy_by_torch(self.blocks, index)
 
     def move_blocks(self, pairs: I32, batch: int | None = None) -> None:
         """As :meth:`copy_blocks`, in batches of bounded memory; for moves whose batches do not overlap."""
@@ -362,6 +362,21 @@ def kernels_for(op: Op, attention: Attention, shape: KVShape) -> dict[torch.dtyp
         if fits and (as_stored or spec.kv_scale is shape.kv_scale):
             found[TORCH_DTYPES[spec.q_dtype]] = spec
     return found
+
+
+def copy_by_torch(blocks: torch.Tensor, pairs: torch.Tensor) -> None:
+    """Copy blocks of ``[planes, num_blocks, page]`` by int64 ``[n, 2]`` pairs; all is read, then written.
+
+    On a CPU one copy a pair, where none is both read and written: each byte is read and written once, not
+    twice, which is 2.5 times as fast for 64 blocks of 2 MiB (5 GB/s both ways of a plain copy's 13).
+    """
+    if blocks.device.type == "cpu":
+        listed = pairs.tolist()
+        if not {source for source, _ in listed} & {into for _, into in listed}:
+            for source, into in listed:
+                blocks[:, into].copy_(blocks[:, source])
+            return
+    blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
 
 
 def store(

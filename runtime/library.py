@@ -88,6 +88,7 @@ class Library:
 
     - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant)``
     - ``gather(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, variant)``
+    - ``merge(outs, lses, out, lse, variant[, sinks])``
     - ``copy_blocks(src_origin, dst_origin, src, dst, pairs, page_bytes, variant)``
 
     which is the library's own, with nothing in between.
@@ -105,6 +106,7 @@ class Library:
         "decode",
         "extend",
         "gather",
+        "merge",
         "path",
         "verify",
         "write_kv",
@@ -116,6 +118,7 @@ class Library:
     write_kv: WriteKV
     gather: WriteKV
     copy_blocks: CopyBlocks
+    merge: Extend  # outs, lses, out, lse, variant, and sinks where the spec has them
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

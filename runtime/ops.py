@@ -23,7 +23,7 @@ import torch
 
 from pagedgen.runtime.attention import Attention, loaded
 from pagedgen.runtime.block_pools import BlockPools
-from pagedgen.runtime.kv_cache import KVCache, store
+from pagedgen.runtime.kv_cache import KVCache, copy_by_torch, store
 from pagedgen.values.spec import KernelSpec, Op
 
 
@@ -337,7 +337,7 @@ def copy_blocks(
         pools = BlockPools((blocks,), table, (page,) * blocks.shape[0], blocks.shape[1], math.gcd(16, page))
         attention.copy_blocks(pools, pairs, spec=_spec(attention, spec))
         return
-    blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
+    copy_by_torch(blocks, pairs)
 
 
 copy_blocks.register_fake(_nothing)

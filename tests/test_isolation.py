@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,33 @@ import pytest
 BLOCKED = (
     "triton", "tvm", "optuna", "sympy", "jinja2", "typer", "rich", "platformdirs", "scipy", "matplotlib"
 )  # fmt: skip
+# Preloaded: once PAGEDGEN_TRAP is set, whatever would start a process ends this one instead. No headers:
+# their declarations are not these.
+TRAP = """
+extern char *getenv(const char *);
+extern int dprintf(int, const char *, ...);
+extern void _exit(int), *dlsym(void *, const char *);
+static void check(const char *name) {
+  if (!getenv("PAGEDGEN_TRAP")) return;
+  dprintf(2, "trapped: %s\\n", name);
+  _exit(77);
+}
+#define TRAP(type, name, parameters, arguments)                          \\
+  type name parameters {                                                 \\
+    check(#name);                                                        \\
+    return ((type(*) parameters)dlsym(((void *)-1l), #name)) arguments;  \\
+  }
+TRAP(int, fork, (void), ())
+TRAP(int, vfork, (void), ())
+TRAP(int, _Fork, (void), ())
+TRAP(int, system, (const char *c), (c))
+TRAP(void *, popen, (const char *c, const char *m), (c, m))
+TRAP(int, execve, (const char *p, void *a, void *e), (p, a, e))
+TRAP(int, execv, (const char *p, void *a), (p, a))
+TRAP(int, execvp, (const char *p, void *a), (p, a))
+TRAP(int, posix_spawn, (void *i, void *p, void *f, void *a, void *v, void *e), (i, p, f, a, v, e))
+TRAP(int, posix_spawnp, (void *i, void *p, void *f, void *a, void *v, void *e), (i, p, f, a, v, e))
+"""
 SERVE = """
     import json, sys, time
     from importlib.abc import MetaPathFinder
@@ -94,3 +123,85 @@ def test_the_block_works():
         [sys.executable, "-c", code, "", "jinja2"], capture_output=True, text=True, check=False, timeout=60
     )
     assert "jinja2 is blocked" in run.stderr
+
+
+@pytest.fixture(scope="module")
+def trap(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("a C compiler and LD_PRELOAD are needed")
+    folder = tmp_path_factory.mktemp("trap")
+    (folder / "trap.c").write_text(TRAP, encoding="utf-8")
+    command = [compiler, "-w", "-shared", "-fPIC", "-fno-builtin", "trap.c", "-o", "trap.so", "-ldl"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "trap.so"
+
+
+def trapped(trap, code: str, *arguments: object, **environment: str):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env={**os.environ, "LD_PRELOAD": str(trap), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_serving_process_starts_no_process_and_no_compiler(trap, cpu_pack, tmp_path):
+    """Loading, decoding by method and by operator, writing: with torch's own imports done, nothing starts."""
+    code = """
+        import os, sys
+        import torch
+        os.environ["PAGEDGEN_TRAP"] = "1"
+        import pagedgen
+        from pagedgen.runtime import ops
+        from pagedgen.runtime.kv_cache import KVCache, KVShape
+        from pagedgen.values.spec import DType
+
+        attention = pagedgen.load(sys.argv[1])
+        spec = next(s for s in attention.specs if s.kv_dtype == "f32" and not s.return_lse)
+        cache = KVCache(KVShape(1, spec.num_kv_heads, spec.head_dim, spec.block_size, DType.F32), 4)
+        new = torch.randn(20, spec.num_kv_heads, spec.head_dim)
+        cache.write_kv(0, new, new, torch.arange(20))
+        q = torch.randn(1, spec.num_q_heads, spec.head_dim)
+        table, lens = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
+        out = attention.decode(q, cache.k[0], cache.v[0], table, lens, spec=spec)
+        again = ops.bind(attention, spec)(q, cache.k[0], cache.v[0], table, lens)
+        assert torch.equal(out, again) and out.abs().sum() > 0
+        tools = {"triton", "tvm", "optuna", "sympy", "jinja2", "torch.utils.cpp_extension"}
+        print("served", sorted(tools & set(sys.modules) - set(sys.argv[2].split(","))))
+    """
+    # What torch imports by itself, sympy and Triton where any custom operator is called, is none of ours.
+    plain = """
+        import sys, torch, tvm_ffi, pagedgen
+
+        @torch.library.custom_op("test::same", mutates_args=())
+        def same(x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        same(torch.zeros(1))
+        print(",".join(sys.modules))
+    """
+    listed = trapped(trap, plain).stdout.strip()
+    assert "torch" in listed
+    nowhere = tmp_path / "cache"
+    run = trapped(trap, code, cpu_pack, listed, PAGEDGEN_CACHE_DIR=str(nowhere))
+    assert (run.returncode, run.stdout.strip()) == (0, "served []"), run.stderr
+    assert not nowhere.exists()  # nor is anything kept for later
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "subprocess.run(['true'])",
+        "os.fork()",
+        "os.system('true')",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+    ],
+)
+def test_the_trap_works(trap, start):
+    """The test above would pass for nothing if it did not."""
+    code = f"import os, subprocess; os.environ['PAGEDGEN_TRAP'] = '1'; {start}; print('started')"
+    run = trapped(trap, code)
+    assert run.returncode == 77 and "trapped: " in run.stderr and "started" not in run.stdout

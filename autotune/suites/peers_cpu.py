@@ -1,4 +1,4 @@
-"""Peers of ``decode-cpu`` that are importable here, on the very inputs ours are timed on, and vLLM's for both suites.
+"""Peers of ``decode-cpu`` that are importable here, on the very inputs ours are timed on.
 
 vLLM's CPU attention, in the block size and layout it is fastest with, and what PyTorch offers without paging:
 gather the sequence, then ``scaled_dot_product_attention``. What a peer computes is checked against the

@@ -125,10 +125,10 @@ def workloads_of(spec: KernelSpec, kind: str, trace: Path | None, seed: int) -> 
         made = (*(Workload.uniform(n, length) for n, length in GRID[group]), *unequal(group))
     else:
         made = decode_workloads(trace_of(trace, seed), BATCHES[group], seed)
-    kept = tuple(w for w in made if w.kv_bytes(spec) <= MOST_BYTES[group]) or (min(made, key=_tokens),)
+    kept = tuple(w for w in made if w.cache_bytes(spec) <= MOST_BYTES[group]) or (min(made, key=_tokens),)
     for workload in made:
         if workload not in kept:
-            size = workload.kv_bytes(spec) / 2**30
+            size = workload.cache_bytes(spec) / 2**30
             console.note(
                 f"left out: {workload.name}, {size:.1f} GiB of KV ({MOST_BYTES[group] >> 30} GiB at most)"
             )
@@ -200,6 +200,10 @@ def show(result: TuneResult, workloads: Sequence[Workload]) -> None:
             row[5:5] = [f"{record.roofline_share:.0%}"]
         rows.append(row)
     how = f"measured; read rate {result.roofline_gbs:,.1f} GB/s" if measured else "predicted, not measured"
+    if result.selection.expected_regret is not None:
+        how += (
+            f"; such picks are {result.selection.expected_regret:.1%} off a device's own best in the median"
+        )
     console.table(f"{result.spec.name} on {result.target.name} ({how})", columns, rows)
     for i, schedule in enumerate(result.selection.variants):
         console.out().print(f"  kernel {i}: {schedule.name}", soft_wrap=True)

@@ -22,6 +22,8 @@ MODULES = {
     ("cuda", Op.VERIFY): "pagedgen.templates.triton.verify",
     ("cuda", Op.WRITE_KV): "pagedgen.templates.triton.write_kv",
     ("cuda", Op.COPY_BLOCKS): "pagedgen.templates.triton.copy_blocks",
+    ("cuda", Op.MERGE): "pagedgen.templates.triton.merge",
+    ("hip", Op.MERGE): "pagedgen.templates.triton.merge",
     ("cuda", Op.GATHER): "pagedgen.templates.triton.gather",
     ("hip", Op.WRITE_KV): "pagedgen.templates.triton.write_kv",
     ("hip", Op.COPY_BLOCKS): "pagedgen.templates.triton.copy_blocks",
@@ -50,7 +52,8 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
     """
     module = MODULES.get((target.kind, spec.op))
     if module is None:
-        raise Unsupported(f"op {spec.op} on target kind {target.kind}: no template")
+        instead = "; the runtime has torch do it" if spec.op in (Op.GATHER, Op.COPY_BLOCKS, Op.MERGE) else ""
+        raise Unsupported(f"op {spec.op} on target kind {target.kind}: no template{instead}")
     family: Family = importlib.import_module(module).FAMILY
     for mask in spec.masks:
         if mask not in family.masks:
@@ -62,6 +65,8 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
         raise Unsupported(
             f"head_dim_v = {spec.head_dim_v}: {family.name} covers head_dim_v = head_dim ({spec.head_dim})"
         )
+    if spec.batch_invariant and not family.invariant:
+        raise Unsupported(f"batch_invariant = True: the bits of {family.name} follow from the batch")
     family.check(spec, target)
     return family
 

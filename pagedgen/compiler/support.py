@@ -54,6 +54,8 @@ class Proof:
 def _spec(op: Op, changes: dict[str, Any]) -> KernelSpec | None:
     """The base with changes for an operator; None where that is no legal spec."""
     fields = {field: getattr(BASE, field) for field in BASE.__dataclass_fields__} | {"op": op} | changes
+    if op is Op.MERGE:  # which has no pool
+        fields |= {"num_kv_heads": fields["num_q_heads"], "block_size": 1, **changes}
     if op in MOVES:  # which have no query heads
         fields["num_q_heads"] = fields["num_kv_heads"]
     if op is Op.COPY_BLOCKS:  # which knows no other type than the pool's

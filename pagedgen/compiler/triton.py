@@ -28,7 +28,7 @@ POINTER_TYPES = {
     DType.FP8_E5M2: "*u8",
 }
 ALIGNED_POINTERS = (
-    *("q_ptr", "out_ptr", "partial_ptr", "partial_lse_ptr"),
+    *("q_ptr", "outs_ptr", "out_ptr", "partial_ptr", "partial_lse_ptr"),
     *("new_k_ptr", "new_v_ptr", "out_k_ptr", "out_v_ptr", "src_origin_ptr", "dst_origin_ptr"),
 )
 
@@ -44,6 +44,8 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "block_table_ptr": "*i32",
         "seq_lens_ptr": "*i32",
         "cu_seqlens_q_ptr": "*i32",
+        "outs_ptr": POINTER_TYPES[spec.q_dtype],
+        "num_parts": "i32",
         "new_k_ptr": POINTER_TYPES[spec.q_dtype],
         "new_v_ptr": POINTER_TYPES[spec.q_dtype],
         "out_k_ptr": POINTER_TYPES[spec.q_dtype],
@@ -81,7 +83,15 @@ def alignment_of(spec: KernelSpec, name: str) -> int:
     if name.startswith(("k_stride", "v_stride")):
         return kv_align(spec) // spec.kv_dtype.size
     if name.startswith(
-        ("q_stride", "out_stride", "new_k_stride", "new_v_stride", "out_k_stride", "out_v_stride")
+        (
+            "q_stride",
+            "outs_stride",
+            "out_stride",
+            "new_k_stride",
+            "new_v_stride",
+            "out_k_stride",
+            "out_v_stride",
+        )
     ):
         return 8  # head_dim is a multiple of 8
     if name in ALIGNED_POINTERS:

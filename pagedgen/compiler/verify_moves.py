@@ -1,4 +1,4 @@
-"""The gate of operators that move K and V: every byte is what torch's own operators leave there."""
+"""The gate of operators that move K and V, every byte held against torch's own operators, and of merge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pagedgen.compiler.verify import POOLS, Pool, empty_pool
+from pagedgen.compiler.verify import EPS, POOLS, Pool, empty_pool
 from pagedgen.compiler.verify_write import WriteCase
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
@@ -41,6 +41,7 @@ def gate_move(
         Op.WRITE_KV: WriteCase,
         Op.GATHER: GatherCase,
         Op.COPY_BLOCKS: CopyCase,
+        Op.MERGE: MergeCase,
     }
     for number, (count, pool) in enumerate(zip(COUNTS, POOLS, strict=True)):
         case = kinds[spec.op](spec, count, pool, device, seed + number)
@@ -61,7 +62,7 @@ def gate_move(
 
 
 class GatherCase:
-    """Tokens from slots out of order, some of them not wanted; outputs are cut from one tensor of NaN.
+    """Tokens from slots out of order, some of them not wanted; outputs are parts of wider tensors of NaN.
 
     An fp8 pool holds every code, NaN included.
     """
@@ -86,14 +87,13 @@ class GatherCase:
         if spec.kv_scale is not KVScale.NONE:
             size = heads if spec.kv_scale is KVScale.HEAD else 1
             self.scales = [(torch.rand(size, generator=make) + 0.5).to(device) for _ in range(2)]
-        wide = torch.full((count, 3 * heads, dim), 0x7F, dtype=torch.uint8, device=device)
         out = TORCH_DTYPES[spec.q_dtype]
-        both = (
-            wide.view(out)
-            if out.itemsize == 1
-            else torch.full(wide.shape, float("nan"), device=device).to(out)
-        )
-        self.outs = [both[:, heads : 2 * heads], both[:, 2 * heads :]]
+        self.outs = []
+        for _ in range(2):
+            wide = torch.full((count, heads + 2, dim), float("nan"), device=device)
+            if out.itemsize == 1:  # casts of NaN may differ
+                wide = torch.full(wide.shape, 0x7F, dtype=torch.uint8, device=device).view(out)
+            self.outs.append(wide.to(out)[:, :heads])
         kept = self.slots >= 0
         blocks = self.slots[kept] // spec.block_size
         places = self.slots[kept] % spec.block_size
@@ -178,3 +178,49 @@ class CopyCase:
                 wrong = (got != want).nonzero()
                 return f"{len(wrong)} wrong bytes of pool {number}, the first at {wrong[0].tolist()}"
         return ""
+
+
+class MergeCase:
+    """Parts of random weights, some of them empty and NaN inside, some rows empty in all; against float64."""
+
+    def __init__(self, spec: KernelSpec, count: int, pool: Pool, device: torch.device, seed: int) -> None:
+        make = torch.Generator(device="cpu").manual_seed(seed)
+        self.spec = spec
+        heads, dim, kind = spec.num_q_heads, spec.head_dim, TORCH_DTYPES[spec.q_dtype]
+        parts = {"nhd": 1, "hnd": 2, "packed": 7}[pool]
+        wide = torch.randn(count, parts, heads + 1, dim, generator=make)
+        lses = 4 * torch.randn(parts, count, heads, generator=make) + 100 * torch.randn(
+            1, count, heads, generator=make
+        )
+        lses[torch.rand(lses.shape, generator=make) < 0.2] = float("-inf")
+        self.outs = wide.to(kind).to(device).transpose(0, 1)[:, :, :heads]  # tokens before parts in memory
+        self.lses = lses.to(device)
+        self.outs[self.lses == float("-inf")] = float("nan")
+        self.sinks = 100 * torch.randn(heads, generator=make).to(device) if spec.sinks else None
+        self.out = torch.full((count, heads, dim), float("nan"), device=device).to(kind)
+        self.lse = torch.full((count, heads), float("nan"), device=device)
+
+    def call(self, callee: Any, variant: int) -> None:
+        """Call the operator."""
+        sinks = () if self.sinks is None else (self.sinks,)
+        callee.merge(self.outs, self.lses, self.out, self.lse, variant, *sinks)
+
+    def judge(self) -> str:
+        """What is wrong, or nothing."""
+        lses = self.lses.double()
+        parts = lses if self.sinks is None else torch.cat((lses, self.sinks.double().expand(lses[:1].shape)))
+        want = torch.logsumexp(parts, 0)
+        weights = torch.where(lses == float("-inf"), 0.0, torch.exp(lses - want))[..., None]
+        outs = torch.where(weights == 0, 0.0, self.outs.double())
+        total, magnitude = (weights * outs).sum(0), (weights * outs.abs()).sum(0)
+        allowed = EPS[self.spec.q_dtype] * total.abs() + 1e-5 * magnitude + 1e-7
+        error = (self.out.double() - total).abs()
+        if not bool((error <= allowed).all()):  # NaN is not
+            worst = float((error / allowed).nan_to_num(float("inf")).max())
+            return f"error of out up to {worst:.3g} times what is allowed"
+        same = (self.lse == want) | ((self.lse - want).abs() <= 1e-6 * want.abs() + 1e-5)
+        return (
+            ""
+            if bool(same.all())
+            else f"lse: {int((~same).sum())} wrong, the first at {(~same).nonzero()[0].tolist()}"
+        )

@@ -19,6 +19,7 @@ class Op(StrEnum):
     VERIFY = "verify"  # a few queries a sequence, drafted tokens in a line or a tree, at the speed of decode
     WRITE_KV = "write_kv"  # new tokens' K and V to their slots in the pool, quantised where it is fp8
     COPY_BLOCKS = "copy_blocks"  # whole blocks, in the pools of all layers at once
+    MERGE = "merge"  # attention over parts of a context to that over the whole, by the parts' LSEs
     GATHER = "gather"  # tokens' K and V from their slots, one after the other, dequantised or as stored
 
 
@@ -122,6 +123,9 @@ class KernelSpec:
     ``q_dtype`` is ``kv_dtype`` and ``kv_scale`` none: always for ``copy_blocks``; for ``gather`` from an fp8
     pool the other choice is a wider ``q_dtype`` and a scale, which values are multiplied with.
 
+    ``merge`` has outputs of attention for input and no pool: ``num_kv_heads`` is ``num_q_heads``,
+    ``block_size`` 1 and ``kv_dtype`` the ``q_dtype``; of the modifiers it has ``sinks`` alone.
+
     Masks and modifiers, any of them together where nothing else is said:
 
     - ``causality``: a query sees no token behind its own, or all of its sequence; a decode's query is the
@@ -138,6 +142,10 @@ class KernelSpec:
     - ``tree_mask``, of ``verify`` alone: int64 ``[num_tokens]``, bit j of a query's: whether it sees query j
       of its sequence, one of 64 at most (tree attention of SpecInfer, Miao et al., 2024); it sees itself and
       all tokens before the queries in any case. Without it ``verify`` is causal in the order of its queries.
+
+    ``batch_invariant``: the bits of a query's output follow from its sequence's tokens alone: not from what
+    else is in the batch, from padding, or from how a prompt was cut into chunks. One variant serves all
+    calls.
 
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
@@ -162,6 +170,7 @@ class KernelSpec:
     attention_chunk: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
     causality: Causality = field(default=Causality.CAUSAL, metadata=codec.OMIT_DEFAULT)
     tree_mask: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
+    batch_invariant: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         if self.head_dim_v == self.head_dim:  # one value, one form
@@ -206,6 +215,8 @@ class KernelSpec:
 
         if self.op in MOVES:
             self._refuse_attention()
+        if self.op is Op.MERGE:
+            self._refuse_pool()
 
     def _check_types(self) -> None:
         as_stored = self.q_dtype == self.kv_dtype and self.kv_scale is KVScale.NONE
@@ -229,12 +240,29 @@ class KernelSpec:
             allowed = "fp8 takes 'tensor' or 'head', other types take 'none'"
             raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
 
+    def _refuse_pool(self) -> None:
+        """Refuse what only operators with K and V have."""
+        wanted = {
+            "num_kv_heads": self.num_q_heads,
+            "block_size": 1,
+            "kv_dtype": self.q_dtype,
+            "k_inner": KInner.DIM,
+            "head_dim_v": None,
+            "return_lse": False,
+            **{name: getattr(self, name) if name == "sinks" else None for name in self.masks},
+        }
+        for name, only in wanted.items():
+            if (value := getattr(self, name)) != only:
+                why = "it has an LSE in any case" if name == "return_lse" else "it has no K and V"
+                allowed = "not allowed" if name in self.masks else f"{only} is allowed"
+                raise InvalidValue(name, value, f"{allowed} for merge: {why}")
+
     def _refuse_attention(self) -> None:
         """Refuse what only operators with queries have."""
         if self.num_q_heads != self.num_kv_heads:
             allowed = f"{self.num_kv_heads}, num_kv_heads, is allowed: {self.op.value} has no query heads"
             raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
-        for name in (*self.masks, *(("return_lse",) if self.return_lse else ())):
+        for name in (*self.masks, *(n for n in ("return_lse", "batch_invariant") if getattr(self, n))):
             raise InvalidValue(name, getattr(self, name), f"not allowed: {self.op.value} has no softmax")
 
     def __lt__(self, other: object) -> bool:
@@ -306,8 +334,7 @@ class KernelSpec:
             self.op.value,
             f"h{self.head_dim}" if self.head_dim_v is None else f"h{self.head_dim}v{self.head_dim_v}",
             *(() if self.op in MOVES else (f"q{self.num_q_heads}",)),
-            f"kv{self.num_kv_heads}",
-            f"b{self.block_size}",
+            *(() if self.op is Op.MERGE else (f"kv{self.num_kv_heads}", f"b{self.block_size}")),
             self.q_dtype.short,
         ]
         if self.kv_dtype != self.q_dtype:
@@ -334,6 +361,8 @@ class KernelSpec:
             parts.append("percausal")
         if self.tree_mask:
             parts.append("tree")
+        if self.batch_invariant:
+            parts.append("invariant")
         return "-".join(parts)
 
     @property

@@ -107,6 +107,10 @@ class Workload:
                 tokens += seq_len - spec.visible(seq_len - q_len, seq_len).start
         return tokens * spec.kv_bytes_per_token
 
+    def cache_bytes(self, spec: KernelSpec) -> int:
+        """Bytes of K and V that all tokens occupy, seen or not."""
+        return self.num_tokens * spec.kv_bytes_per_token
+
     def flops(self, spec: KernelSpec) -> int:
         """Of both matrix products, for the keys that each query sees: what TFLOP/s are stated on."""
         lens = zip(self.lens_of_queries, self.seq_lens, strict=True)

@@ -31,8 +31,8 @@ class TritonCopyBlocks(Family):
     def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
         """Bytes and warps of a program."""
         return (
-            Field("tile_m", (128, 256, 512, 1024, 2048), 512, f"pieces of {spec.page_align} B of a program"),
-            Field("num_warps", (1, 2, 4, 8), 4, "warps of a program"),
+            Field("tile_m", (128, 256, 512, 1024, 2048), 256, f"pieces of {spec.page_align} B of a program"),
+            Field("num_warps", (1, 2, 4, 8), 1, "warps of a program"),
             Field("num_stages", (1,), 1, "there is no loop to pipeline"),
         )
 

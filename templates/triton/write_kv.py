@@ -34,7 +34,7 @@ class TritonWriteKV(Family):
     def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
         """Rows and warps of a program."""
         return (
-            Field("tile_m", (4, 8, 16, 32, 64), 16, "rows of a program, a row being a token's head"),
+            Field("tile_m", (4, 8, 16, 32, 64), 8, "rows of a program, a row being a token's head"),
             Field("num_warps", (1, 2, 4, 8), 4, "warps of a program"),
             Field("num_stages", (1,), 1, "there is no loop to pipeline"),
         )

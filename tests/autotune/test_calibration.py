@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -141,12 +143,24 @@ def test_an_absent_target_is_calibrated_on_the_likest_one() -> None:
     on_cpu = Entry(rows[0].spec, "cpu", tuple(replace(r, target="cpu") for r in rows))
     found = Calibration.for_absent([entry], H200)
     assert found.residuals == Calibration.of(rows, H100).residuals
+    assert found.alike and found.expected_regret == module.REGRET_ALIKE
+    elsewhere = Calibration.for_absent([entry], target("a100"))
+    assert not elsewhere.alike and elsewhere.expected_regret == module.REGRET_OTHER > module.REGRET_ALIKE
     for one in (
         Calibration.for_absent([], H200),
         Calibration.for_absent([entry], H100),  # its own records are no prediction's business
         Calibration.for_absent([on_cpu], H200),
     ):
         assert one == Calibration()
+
+
+def test_the_expected_regret_is_the_published_one() -> None:
+    published = json.loads(
+        (Path(__file__).parents[2] / "docs/benchmarks/prediction-h100-h200.json").read_text()
+    )
+    assert round(published["median_regret"], 3) == module.REGRET_ALIKE <= 0.03
+    assert round(published["median_uncalibrated"], 3) == module.REGRET_OTHER
+    assert published["median_regret"] == median([spec["regret"] for spec in published["specs"]])
 
 
 def test_nothing_measured_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def test_inputs_rotate_past_the_cache(monkeypatch, cache: int, expected: int) ->
     tables = {tuple(one.block_table.flatten().tolist()) for one in turns.inputs}
     assert len(tables) == expected, "block tables are random, and not the same ones"
     assert not any(bool(one.k.isnan().any()) for one in turns.inputs)
+
+
+def test_inputs_behind_a_window_rotate_by_what_is_read_of_them(monkeypatch) -> None:
+    monkeypatch.setattr(module, "last_level_cache_bytes", lambda device: 1 << 15)
+    workload, windowed = Workload.uniform(1, 512), replace(SPEC, window=64)  # 128 KiB, of which 16 are read
+    assert len(Rotation(SPEC, workload, "cpu", 0).inputs) == 2
+    assert len(Rotation(windowed, workload, "cpu", 0).inputs) == 9
+    monkeypatch.setitem(module.KEPT_BYTES, "cpu", 8 << 17)
+    assert len(Rotation(windowed, workload, "cpu", 0).inputs) == 4, "no more than half of what may be kept"
 
 
 def test_queries_and_outputs_count_as_memory(monkeypatch) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pagedgen.autotune.suites import (
     SUITES,
     extend_cpu,
+    invariant_gpu,
+    move_gpu,
     peers_cpu,
     peers_extend_cpu,
     run_suite,
@@ -21,6 +25,7 @@ from pagedgen.autotune.suites.report import Case, Report, Row
 from pagedgen.compiler.space import default_schedule
 from pagedgen.compiler.verify import make_inputs
 from pagedgen.errors import CompileError, DeviceMissing, GateFailure, UnknownName
+from pagedgen.runtime.kv_cache import store
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
@@ -114,7 +119,7 @@ def test_verify_is_timed_beside_decode_of_the_same_kv() -> None:
         (_, decode, plain), *verifies = verify_gpu.contenders_of(job)
         assert decode.op is Op.DECODE and plain.seq_lens == job.workload.seq_lens and not plain.query_lens
         for _, spec, workload in verifies:
-            assert spec.op is Op.VERIFY and workload.kv_bytes(spec) == plain.kv_bytes(decode)
+            assert spec.op is Op.VERIFY and workload.cache_bytes(spec) == plain.cache_bytes(decode)
         assert {spec.tree_mask for _, spec, _ in verifies} == ({False} if job.spec.window else {False, True})
 
 
@@ -135,11 +140,94 @@ def test_a_verify_that_does_not_compile_is_a_row_and_others_are_timed(tmp_path, 
     assert (third.contender, third.failure) == (verify_gpu.TREE, "CompileError: no")
 
 
+def test_invariant_kernels_are_timed_beside_the_free_one(tmp_path, monkeypatch) -> None:
+    """One schedule serves all batches: the best mean, not the best of each."""
+    free = {"1x8192": 10.0, "32x8192": 100.0}
+    times = {"parts of 256, 4 waves": (10.0, 110.0), "parts of 512, 4 waves": (14.0, 101.0)}
+
+    def ours(spec, target, workload, device, folder, name, schedule=None):
+        if name not in {"free", *times}:
+            raise CompileError("no")
+        assert spec.batch_invariant == (name != "free")
+        time = free[workload.name] if name == "free" else times[name][workload.num_seqs > 1]
+        return Contender(name, FakeClock(time, []), 100)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(invariant_gpu, "ours", ours)
+    h100 = target("h100")
+    jobs = [job for job in invariant_gpu.jobs() if job.workload.name in free][:2]
+    assert jobs[0].spec == jobs[1].spec and not jobs[0].spec.batch_invariant
+    assert all(s["split"] == "fixed" for _, s in invariant_gpu.candidates(jobs[0].spec, h100))
+    cases = [
+        Case(j.name, j.spec, j.workload, invariant_gpu._contest(j, h100, tmp_path), (1.0,)) for j in jobs
+    ]
+    rows = {row.contender: row for row in cases[1].summaries()}
+    assert rows["parts of 256, 4 waves"].speed_ratio == pytest.approx(1.1)
+    assert rows["parts of 256, 2 waves"].failure == "CompileError: no"
+    assert invariant_gpu.best_of(cases) == {jobs[0].spec: "parts of 256, 4 waves"}
+
+
+class TorchMoves:
+    """The moves' libraries, by torch's operators."""
+
+    def write_kv(self, new_k, new_v, slots, k, v, k_scale, v_scale, variant):
+        for new, pool, scale in ((new_k, k, k_scale), (new_v, v, v_scale)):
+            fp8 = None if scale is None else pool.dtype
+            store(pool if scale is None else pool.view(torch.uint8), new, slots, scale, fp8)
+
+    def gather(self, out_k, out_v, slots, k, v, k_scale, v_scale, variant):
+        for out, pool, scale in ((out_k, k, k_scale), (out_v, v, v_scale)):
+            rows = (pool if scale is None else pool.float() * scale)[slots // 16, slots % 16]
+            out.copy_(rows)
+
+    def copy_blocks(self, src_origin, dst_origin, src, dst, pairs, page_bytes, variant):
+        assert src_origin == dst_origin and src is dst
+        for begin, step, page in src.tolist():
+            for source, into in pairs.tolist():
+                ctypes.memmove(src_origin + begin + into * step, src_origin + begin + source * step, page)
+
+
+@pytest.mark.parametrize("number", range(0, 24, 4))
+def test_moves_are_timed_at_the_same_work_as_torchs_operators(number) -> None:
+    """One call of ours and one of torch's, each turn: the same bytes; and as many as are stated."""
+    job = move_gpu.jobs()[number]
+    assert job.num_tokens == 64 and job.every_schedule
+    ours, torchs = (
+        (move_gpu.Blocks if job.spec.op is Op.COPY_BLOCKS else move_gpu.Rows)(job, 2, "cpu") for _ in range(2)
+    )
+    copied = job.spec.op is Op.COPY_BLOCKS
+    names = ("blocks", "pairs") if copied else ("raw", "rows", "slots")
+    for name in names:
+        held, other = getattr(ours, name), getattr(torchs, name)
+        for one, two in zip(held, other, strict=True) if isinstance(held, list) else [(held, other)]:
+            if name in ("blocks", "raw"):
+                one.copy_(torch.randint(0, 100, one.shape))
+            two.copy_(one)
+    before = [x.clone() for x in ([ours.blocks] if copied else [*ours.raw, ours.rows])]
+    for turn in (0, 1):
+        ours.ours(TorchMoves(), turn)
+        torchs.torchs(turn)
+    after = [ours.blocks] if copied else [*ours.raw, ours.rows]
+    for got, want in zip(after, [torchs.blocks] if copied else [*torchs.raw, torchs.rows], strict=True):
+        assert torch.equal(got, want)
+    changed = sum(int((a != b).sum()) * a.element_size() for a, b in zip(before, after, strict=True))
+    written = (
+        64
+        * job.num_layers
+        * 2
+        * 8
+        * 128
+        * (job.spec.q_dtype if job.spec.op is Op.GATHER else job.spec.kv_dtype).size
+    )
+    assert 0.9 * written <= changed / 2 <= written < job.num_bytes
+
+
 def test_unknown_suites_and_absent_devices_are_named(monkeypatch) -> None:
-    with pytest.raises(UnknownName, match="decode-cpu, decode-gpu, extend-gpu, verify-gpu, load"):
+    with pytest.raises(
+        UnknownName, match="decode-cpu, decode-gpu, extend-gpu, verify-gpu, invariant-gpu, move-gpu"
+    ):
         run_suite("nope", None, print)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for suite in ("decode-gpu", "verify-gpu"):
+    for suite in ("decode-gpu", "verify-gpu", "invariant-gpu", "move-gpu"):
         with pytest.raises(DeviceMissing, match="gpu 0"):
             run_suite(suite, None, print)
 
@@ -183,7 +271,7 @@ def test_what_peers_of_extend_compute_is_checked(kv: DType) -> None:
     peers_extend_cpu.sdpa_call(spec, inputs)()
     peers_cpu.check("sdpa", spec, inputs)
     inputs.out[5] += 0.1
-    with pytest.raises(GateFailure, match="sdpa: .* times the error that is allowed"):
+    with pytest.raises(GateFailure, match=r"sdpa: .* times the error that is allowed"):
         peers_cpu.check("sdpa", spec, inputs)
     with pytest.raises(NotImplementedError, match="ragged"):
         peers_extend_cpu.flex_call(spec, inputs)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions b
 import worker_functions as functions
 from fake_tuner import FINE, LONG, SHORT, SPEC, fake_kernel, install, schedule
 
-from pagedgen.autotune import gating
+from pagedgen.autotune import calibration, gating
 from pagedgen.autotune import tune as module
 from pagedgen.autotune.binaries import BinaryCache
 from pagedgen.autotune.database import Database, Fit
@@ -148,6 +148,7 @@ def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
     assert result.stop is Stop.COMPILED and result.counts.compiled == 7  # six usable ones and one that spills
     assert [r.reason for r in result.counts.rejected] == ["spills 64 B a thread"]
     assert result.selection.status is Status.PREDICTED
+    assert result.selection.expected_regret == calibration.REGRET_OTHER
 
 
 def test_a_device_that_is_lost_ends_the_run_and_nobody_is_charged(fakes, database, cpu, monkeypatch) -> None:
@@ -238,3 +239,10 @@ def test_a_gpu_that_is_not_here_for_real(real, monkeypatch) -> None:
         assert 0 < record.resources.smem_bytes <= a100.smem_per_block
     cache = BinaryCache()
     assert len(list(cache.folder.glob("*/*.zip"))) == result.counts.compiled >= 2
+
+
+def test_the_defaults_neighbours_are_tried_at_once(fakes, database, cpu) -> None:
+    events: list[Event] = []
+    tune(SPEC, cpu, [LONG], effort="quick", database=database, progress=events.append)
+    first = next(e for e in events if isinstance(e, Tried))
+    assert {*fakes[:3]} < {o.schedule for o in first.outcomes}

@@ -174,5 +174,5 @@ def test_batches_that_need_too_much_memory_are_left_out(make_spec, capsys):
     spec = make_spec(256, (128, 128), 16, "f32", k_inner="token")  # 256 KiB a token
     kept = workloads_of(spec, "cpu", SAMPLE, 0)
     assert 1 <= len(kept) < 4
-    assert all(w.kv_bytes(spec) <= MOST_BYTES["cpu"] for w in kept) or len(kept) == 1
+    assert all(w.cache_bytes(spec) <= MOST_BYTES["cpu"] for w in kept) or len(kept) == 1
     assert "left out: sample-trace-64" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import torch
 from pagedgen.compiler.verify import Case, Inputs, cases_of, gate, judge, make_inputs, query_ranges, reference
 from pagedgen.compiler.verify_write import WriteCase
 from pagedgen.runtime.kv_cache import store
+from pagedgen.runtime.merge import merge
 from pagedgen.values.spec import Causality
 
 
@@ -245,6 +246,32 @@ def test_write_kv_is_judged_by_its_bytes(make_spec, kv):
     assert case.judge() == ""
     case.v.view(torch.uint8)[0, 3, 1, 5] ^= 1
     assert "1 wrong elements of v, the first at [0, 3, 1" in case.judge()
+
+
+class ExactMerge:
+    """merge by the public function; ``broken`` in one way."""
+
+    def __init__(self, broken=""):
+        self.broken = broken
+
+    def merge(self, outs, lses, out, lse, variant, *sinks):
+        if self.broken == "order":
+            lses = lses.flip(0)
+        if self.broken == "sinks":
+            sinks = ()
+        merged, sums = merge(outs, lses, *sinks)
+        out.copy_(merged)
+        lse.copy_(sums + (0.01 if self.broken == "lse" else 0.0))
+
+
+@pytest.mark.parametrize("q", ["f16", "bf16", "f32"])
+def test_merge_is_judged_by_float64(make_spec, q):
+    spec = make_spec(head_dim=32, heads=(3, 3), q=q, block_size=1, op="merge", sinks=True)
+    verdict = gate(ExactMerge(), spec, 0, "cpu", 1)
+    assert verdict.passed and verdict.cases == 3, verdict
+    for broken, reason in (("order", "error of out"), ("sinks", "error of out"), ("lse", "lse: ")):
+        verdict = gate(ExactMerge(broken), spec, 0, "cpu", 1)
+        assert not verdict.passed and reason in verdict.reason, verdict
 
 
 class ExactMoves:

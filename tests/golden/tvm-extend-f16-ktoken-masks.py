@@ -106,10 +106,10 @@ class Extend:
                                 T.cast(K[source + d * k_stride_dim + i], "float32"),
                                 T.float32(0),
                             )
-            for n in T.serial((to_token - from_token) // 1):
+            for n in T.serial(to_token - from_token):
                 for c in T.serial(32):
                     for i in T.vectorized(4):
-                        VS[((c * 4) // 4 * 64 + from_token // 1 + n) * 4 + c * 4 % 4 + i] = T.cast(V[v_row[from_token + n] + c * 4 + i], "float32")
+                        VS[((c * 4) // 4 * 64 + from_token + n) * 4 + c * 4 % 4 + i] = T.cast(V[v_row[from_token + n] + c * 4 + i], "float32")
 
             for block in T.serial(num_blocks):
                 position = at[block * 24]
@@ -118,7 +118,6 @@ class Extend:
                 end = (T.min(last_position + 1 - tile * 64, 64) + 7) // 8 * 8
                 if begin < end:
                     if num_rows - block * 24 > 8:
-                        
                         # s = K @ Q^T
                         for nb in T.serial((end - begin) // 4):
                             n0 = begin + nb * 4
@@ -211,7 +210,6 @@ class Extend:
                                     for i in T.vectorized(8):
                                         O[(block * 128 + db * 4 + r) * 24 + j * 8 + i] = acc[(r * 3 + j) * 8 + i]
                     else:  # few rows: one vector of them, more panels at once
-                        
                         # s = K @ Q^T
                         for nb in T.serial((end - begin) // 8):
                             n0 = begin + nb * 8

@@ -154,7 +154,6 @@ class Extend:
                 end = (T.min(last_position + 1 - tile * 64, 64) + 15) // 16 * 16
                 if begin < end:
                     if num_rows - block * 48 > 16:
-                        
                         # s = K @ Q^T
                         for nb in T.serial((end - begin) // 8):
                             n0 = begin + nb * 8
@@ -264,7 +263,6 @@ class Extend:
                                     for i in T.vectorized(16):
                                         O[(block * 128 + db * 8 + r) * 48 + j * 16 + i] = acc[(r * 3 + j) * 16 + i]
                     else:  # few rows: one vector of them, more panels at once
-                        
                         # s = K @ Q^T
                         for nb in T.serial((end - begin) // 16):
                             n0 = begin + nb * 16

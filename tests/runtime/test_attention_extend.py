@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import pagedgen
 from pagedgen.compiler.build import Choice, build
 from pagedgen.compiler.verify import Inputs, judge, make_inputs, query_ranges, reference
 from pagedgen.errors import ArgumentError, InvalidPool, SpecNotInPack
@@ -399,6 +400,38 @@ def test_copies_and_gathers_that_cannot_be(pack_of, make_spec):
         attention.gather(slots, pool, pool, rows, rows)
     with pytest.raises(ArgumentError, match=r"k: float: a torch\.Tensor is expected"):
         pack_of(raw, replace(raw, block_size=8)).gather(slots, 0.5, pool, rows, rows)
+
+
+def test_merge_goes_by_its_rows_and_sinks(pack_of, make_spec):
+    plain = make_spec(64, (4, 4), 1, op="merge")
+    attention = pack_of(plain, replace(plain, sinks=True), make_spec(64, (8, 2), 16))
+
+    def call(outs, lses, out, lse, variant, *sinks):
+        merged, sums = pagedgen.merge(outs, lses, *sinks)
+        out.copy_(merged), lse.copy_(sums)
+
+    outs, lses, sinks = torch.randn(3, 5, 4, 64).half(), torch.randn(3, 5, 4), torch.randn(4)
+    with pytest.raises(ArgumentError, match=r"outs\.device = cpu:0: a cuda device is expected"):
+        attention.merge(outs, lses)
+    for spec, more in ((plain, {}), (replace(plain, sinks=True), {"sinks": sinks})):
+        attention.kernel(spec).call = call
+        want = pagedgen.merge(outs, lses, **more)
+        out, lse = torch.empty(5, 4, 64).half(), torch.empty(5, 4)
+        given = attention.merge(outs, lses, out=out, lse=lse, **more)
+        assert given[0] is out and given[1] is lse
+        for got in (given, attention.merge(outs, lses, **more)):
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    for arguments, kind, text in (
+        ((outs[0], lses), ArgumentError, r"outs\.shape = \[5, 4, 64\]: rank 4 is expected"),
+        ((outs.float(), lses), SpecNotInPack, r"merge of outs float32 \[3, 5, 4, 64\]: no kernel fits"),
+        ((outs[..., :32], lses), SpecNotInPack, r"merge of outs float16 \[3, 5, 4, 32\]: no kernel fits"),
+    ):
+        with pytest.raises(kind, match=text):
+            attention.merge(*arguments)
+    with pytest.raises(ArgumentError, match="sinks: None is expected"):
+        attention.merge(outs, lses, sinks=sinks, spec=plain)
+    with pytest.raises(SpecNotInPack, match=r"spec = decode-.*: a spec of merge is expected"):
+        attention.merge(outs, lses, spec=make_spec(64, (8, 2), 16))
 
 
 def test_slots_and_pairs_are_checked_where_that_is_asked_for(pack_of, make_spec, monkeypatch):

@@ -220,6 +220,18 @@ def test_the_table_picks_and_the_grid_follows(serve, library, make_spec):
     assert grids == [8 * n for n in (66 + 4, 33 + 5, 33 + 4, 66 + 1)]
 
 
+def test_a_launch_of_fixed_splits(serve, gpu_binary, make_spec, tmp_path):
+    """Exactly `partitions` programs a KV head; a slot for each part that a sequence may have."""
+    spec = make_spec(128, (32, 8), 16, "f16", batch_invariant=True)
+    out = link([gpu_binary(spec, waves=4, max_parts=16)], (), tmp_path / "fixed.so")
+    run = serve(out, [["decode", arguments_for(spec, variant=0)]], types=types_of(spec))
+    (launch,) = run.launches
+    assert launch["grid"][0] == 132 * 4
+    got = dict(zip(names_of(spec), launch["arguments"], strict=True))
+    assert (got["num_seqs"], got["partitions"]) == (3, 132 * 4 // 8)
+    assert got["partial"] == 0x100000 + 8 * 3 * 16 * 4 * 4
+
+
 def test_programmatic_dependent_launch_is_asked_for_where_the_kernel_waits(
     serve, gpu_binary, make_spec, tmp_path
 ):
@@ -652,6 +664,48 @@ def test_write_kv_arguments_are_refused_before_any_launch(serve, writer):
     for result, (*_, message) in zip(run.results, wrong, strict=True):
         assert result["error"] == "ArgumentError" and message in result["text"], result
     assert run.launches == []
+
+
+def test_a_merge_launch(serve, make_spec, gpu_binary, tmp_path):
+    spec = make_spec(64, (4, 4), 1, op="merge", sinks=True)
+    path = link([gpu_binary(spec, tile_m=8)], (Rule(2**31 - 1, 2**31 - 1, 0),), tmp_path / "merge.so")
+    outs, lses = made(0x1000, "float", 16, (3, 5, 4, 64)), made(0x2000, "float", 32, (3, 5, 4))
+    out, lse = made(0x3000, "float", 16, (5, 4, 64)), made(0x4000, "float", 32, (5, 4))
+    sinks = made(0x5000, "float", 32, (4,))
+    wrong = (
+        (
+            0,
+            made(0x1000, "float", 16, (0, 5, 4, 64)),
+            "outs.shape = [0, 5, 4, 64]: at least one part is expected",
+        ),
+        (
+            0,
+            made(0x1008, "float", 16, (3, 5, 4, 64)),
+            "outs: address 0x1008: a multiple of 16 bytes is expected",
+        ),
+        (
+            1,
+            made(0x2000, "float", 32, (3, 6, 4)),
+            "lses.shape = [3, 6, 4]: 5 is expected in axis 1 (num_tokens)",
+        ),
+        (1, made(0x2000, "float", 16, (3, 5, 4)), "lses.dtype = float16: float32 is expected"),
+        (3, made(0x4000, "float", 32, (5, 4), (8, 1)), "lse.stride(0) = 8: 4 is expected (contiguous)"),
+        (5, made(0x5000, "float", 32, (3,)), "sinks.shape = [3]: 4 is expected"),
+    )
+    good = [outs, lses, out, lse, -1, sinks]
+    empty = [made(0x1000, "float", 16, (3, 0, 4, 64)), made(0x2000, "float", 32, (3, 0, 4)),
+             made(0x3000, "float", 16, (0, 4, 64)), made(0x4000, "float", 32, (0, 4)), -1, sinks]  # fmt: skip
+    steps = [["merge", good], ["merge", empty]]
+    steps += [["merge", [*good[:i], value, *good[i + 1 :]]] for i, value, _ in wrong]
+    run = serve(path, steps, types="pppppii" + "l" * 8)
+    assert run.results[:2] == [{"result": None}] * 2
+    expected = [text for _, _, text in wrong]
+    for result, text in zip(run.results[2:], expected, strict=True):
+        assert text in result["text"]
+    (launch,) = run.launches
+    assert (launch["symbol"], launch["grid"]) == ("paged_merge", (3, 1, 1))  # 20 rows, 8 a program
+    strides = [5 * 4 * 64, 4 * 64, 64, 5 * 4, 4, 1, 4 * 64, 64]
+    assert launch["arguments"][:15] == [0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 3, 5, *strides]
 
 
 def test_a_copy_launch(serve, make_spec, gpu_binary, tmp_path):

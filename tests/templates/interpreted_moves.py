@@ -40,6 +40,11 @@ class Interpreted:
 
     gather = write_kv
 
+    def merge(self, outs, lses, out, lse, variant, *sinks):
+        strides = [*outs.stride()[:3], *lses.stride(), *out.stride()[:2]]
+        grid = (-(-out.shape[0] * out.shape[1] // self.tile_m),)
+        self.kernel[grid](outs, lses, out, lse, *sinks, len(outs), len(out), *strides)
+
     def copy_blocks(self, src_origin, dst_origin, src, dst, pairs, page_bytes, variant):
         here = torch.zeros(4, dtype=torch.int32)  # the interpreter takes no bare address: all count from this
         src, dst = (

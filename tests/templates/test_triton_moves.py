@@ -15,6 +15,7 @@ from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.errors import Unsupported
 
 WRITE, GATHER, COPY = {"op": "write_kv"}, {"op": "gather"}, {"op": "copy_blocks"}
+MERGE = {"op": "merge", "block_size": 1}
 SPECS = [
     {**WRITE, "heads": (2, 2), "head_dim": 64},
     {**WRITE, "heads": (3, 3), "head_dim": 80, "block_size": 1, "kv": "fp8_e4m3"},
@@ -27,6 +28,8 @@ SPECS = [
     {**GATHER, "heads": (2, 2), "head_dim": 64, "q": "f32", "kv": "fp8_e5m2", "scale": "head"},
     {**COPY, "heads": (2, 2), "head_dim": 64},
     {**COPY, "heads": (1, 1), "head_dim": 40, "block_size": 1, "q": "fp8_e4m3"},
+    {**MERGE, "heads": (3, 3), "head_dim": 64},
+    {**MERGE, "heads": (2, 2), "head_dim": 80, "q": "f32", "sinks": True},
     {**COPY, "heads": (8, 8), "head_dim": 128, "head_dim_v": 64, "q": "f32"},
 ]
 
@@ -48,7 +51,7 @@ def test_interpreted_kernels_pass_the_gate():
 @pytest.mark.parametrize("arch", ["a100", "h100"])
 @pytest.mark.parametrize(
     "args",
-    [{**WRITE, "kv": "bf16"}, {**WRITE, "kv": "fp8_e4m3"}, {**GATHER, "kv": "fp8_e5m2"}, COPY],
+    [{**WRITE, "kv": "bf16"}, {**WRITE, "kv": "fp8_e4m3"}, {**GATHER, "kv": "fp8_e5m2"}, COPY, MERGE],
     ids=str,
 )
 def test_compiles_to_16_byte_moves(request, make_spec, arch, args):
@@ -57,7 +60,9 @@ def test_compiles_to_16_byte_moves(request, make_spec, arch, args):
     binary = compile_source(render(spec, target, default_schedule(spec, target)))
     assert binary.symbol == f"paged_{spec.op}" and binary.resources.spill_bytes == 0
     ptx = binary.file("kernel.ptx").decode()
-    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+    narrow = 2 if spec.kv_dtype != spec.q_dtype else 4  # words: FP8 is half as wide as what it is made of
+    loads, stores = (narrow, 4) if spec.op == "gather" else (4, narrow)
+    assert f"ld.global.v{loads}.b32" in ptx and f"st.global.v{stores}.b32" in ptx
 
 
 def test_refuses_what_it_cannot_do(make_spec, h100):

@@ -28,6 +28,9 @@ def specs(draw) -> KernelSpec:
     q_dtype = draw(st.sampled_from([DType.F32, DType.F16, DType.BF16]))
     kv_dtype = draw(st.sampled_from([q_dtype, DType.FP8_E4M3, DType.FP8_E5M2]))
     kv_heads, op = draw(st.integers(1, 64)), draw(st.sampled_from(list(Op)))
+    if op is Op.MERGE:
+        dim, heads, sinks = draw(st.integers(4, 32)) * 8, draw(st.integers(1, 64)), draw(st.booleans())
+        return KernelSpec(op, dim, heads, heads, 1, q_dtype, q_dtype, sinks=sinks)
     scales = [KVScale.TENSOR, KVScale.HEAD] if kv_dtype.is_fp8 else [KVScale.NONE]
     as_stored = op is Op.COPY_BLOCKS or (op is Op.GATHER and draw(st.booleans()))
     if as_stored:
@@ -56,6 +59,7 @@ def specs(draw) -> KernelSpec:
         alibi=op not in MOVES and draw(st.booleans()),
         attention_chunk=None if op in MOVES else draw(st.none() | st.integers(1, 1 << 30)),
         causality=draw(st.sampled_from(list(Causality))) if op is Op.EXTEND else Causality.CAUSAL,
+        batch_invariant=op not in MOVES and draw(st.booleans()),
     )
 
 
@@ -118,8 +122,9 @@ def test_specs_of_before_keep_their_json_and_their_hash():
 
 def test_later_fields_are_in_the_name_and_the_json():
     changes = {"head_dim_v": 64, "alibi": True, "attention_chunk": 8192, "causality": Causality.PER_SEQUENCE}
+    changes["batch_invariant"] = True
     spec = KernelSpec(**{**GOOD, "op": Op.EXTEND, **changes})
-    assert spec.name == "extend-h128v64-q32-kv8-b16-bf16-alibi-chunk8192-percausal"
+    assert spec.name == "extend-h128v64-q32-kv8-b16-bf16-alibi-chunk8192-percausal-invariant"
     assert spec.masks == ("alibi", "attention_chunk", "causality")
     assert codec.encode(spec)["head_dim_v"] == 64 and codec.decode(KernelSpec, codec.encode(spec)) == spec
     assert spec.kv_bytes_per_token == 8 * (128 + 64) * 2
@@ -194,6 +199,7 @@ def test_names_say_what_is_masked():
         ({"alibi": True}, "alibi = True: not allowed"),
         ({"attention_chunk": 9}, "attention_chunk = 9: not allowed"),
         ({"causality": Causality.PER_SEQUENCE}, "causality = .*: not allowed"),
+        ({"batch_invariant": True}, "batch_invariant = True: not allowed"),
     ],
 )
 def test_fields_that_an_operator_has_no_use_for_are_refused(change, message):
@@ -221,6 +227,27 @@ def test_moves_that_leave_kv_as_it_is_stored():
     ):
         with pytest.raises(InvalidValue, match=message):
             KernelSpec(**{**pool, "op": op, **change})
+
+
+def test_merge_has_no_pool():
+    right = {**GOOD, "op": Op.MERGE, "num_kv_heads": 32, "block_size": 1}
+    assert KernelSpec(**right).name == "merge-h128-q32-bf16"
+    assert KernelSpec(**right, sinks=True).name == "merge-h128-q32-bf16-sinks"
+    for change, message in (
+        ({"num_kv_heads": 8}, "num_kv_heads = 8: 32 is allowed for merge: it has no K and V"),
+        ({"block_size": 16}, "block_size = 16: 1 is allowed for merge"),
+        (
+            {"kv_dtype": DType.FP8_E4M3, "kv_scale": KVScale.TENSOR},
+            "kv_dtype = .*: bf16 is allowed for merge",
+        ),
+        ({"k_inner": KInner.TOKEN}, "k_inner = .*: dim is allowed for merge"),
+        ({"head_dim_v": 64}, "head_dim_v = 64: None is allowed for merge"),
+        ({"return_lse": True}, "return_lse = True: False is allowed for merge: it has an LSE in any case"),
+        ({"window": 9}, "window = 9: not allowed for merge: it has no K and V"),
+        ({"alibi": True}, "alibi = True: not allowed for merge"),
+    ):
+        with pytest.raises(InvalidValue, match=message):
+            KernelSpec(**{**right, **change})
 
 
 def test_a_tree_mask_is_for_verify_alone_and_without_a_window():

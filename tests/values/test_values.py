@@ -62,6 +62,7 @@ def test_schedules_refuse_what_is_not_theirs():
 def test_workloads_count_their_bytes(lengths):
     workload = Workload("w", tuple(lengths))
     assert workload.kv_bytes(SPEC) == sum(lengths) * 2 * 8 * 128 * 2
+    assert workload.cache_bytes(SPEC) == workload.kv_bytes(SPEC)
     assert workload.max_seq_len == max(lengths)
     for masks, seen in (({"window": 64}, 64), ({"attention_chunk": 256}, 256)):
         spec = replace(SPEC, **masks)
@@ -69,6 +70,22 @@ def test_workloads_count_their_bytes(lengths):
         tokens = sum(n - max(0, f) for n, f in zip(lengths, first, strict=True) if n)
         assert workload.kv_bytes(spec) == tokens * 2 * 8 * 128 * 2  # of what no query sees, nothing
     assert codec.decode(Workload, json.loads(codec.dumps(workload))) == workload
+
+
+@pytest.mark.parametrize(
+    ("changes", "workload", "tokens"),
+    [
+        ({"window": 128}, Workload("w", (1000, 128, 5, 0)), 128 + 128 + 5),
+        ({"window": 128}, Workload.chunks(1, 8, 1000), 135),
+        ({"window": 128}, Workload.chunks(2, 512, 512), 2 * 512),
+        ({"attention_chunk": 256}, Workload("w", (1000, 256, 257)), 1000 - 768 + 256 + 1),
+        ({}, Workload("w", (7, 9), (0, 2)), 9),
+    ],
+)
+def test_a_call_reads_what_its_queries_see(changes, workload, tokens):
+    spec = replace(SPEC, **changes)
+    assert workload.kv_bytes(spec) == tokens * SPEC.kv_bytes_per_token
+    assert workload.cache_bytes(spec) == sum(workload.seq_lens) * SPEC.kv_bytes_per_token
 
 
 @pytest.mark.parametrize("lengths", [(), (5, -1), (1.5,), (True,)])

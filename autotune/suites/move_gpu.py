@@ -1,0 +1,261 @@
+"""The ``move-gpu`` suite: our kernels that write, gather and copy K and V here, against a copy's bandwidth.
+
+64 to 8,192 tokens, in bfloat16 and FP8, in one layer and in 32. Rates count bytes read and written, and are
+held against torch's copy of 1 GiB in the same rounds, counted the same way; a copy of as many bytes as the
+case moves, and what torch's own operators take for it, stand beside. The first row is what would be picked;
+other schedules follow where the case asks for them. Every kernel passes the gate first. Inputs rotate through
+four times the L2 cache, slots and blocks are random.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pagedgen.autotune.binaries import BinaryCache, compile_all, compile_one
+from pagedgen.autotune.device import device_of
+from pagedgen.autotune.measure import (
+    MAX_CALLS,
+    ROTATION,
+    Clock,
+    Turns,
+    Verified,
+    gate_variant,
+    last_level_cache_bytes,
+)
+from pagedgen.autotune.suites import Note
+from pagedgen.autotune.suites.contest import Contender, contest, pick
+from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.autotune.tune import MEASURE_S, Workshop
+from pagedgen.compiler.link import link
+from pagedgen.compiler.render import render
+from pagedgen.compiler.space import feasible
+from pagedgen.errors import DeviceMissing, PagedgenError
+from pagedgen.runtime.attention import TORCH_DTYPES
+from pagedgen.runtime.block_pools import BlockPools
+from pagedgen.runtime.kv_cache import store
+from pagedgen.runtime.library import Library
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.values.target import Target
+from pagedgen.values.target_table import gpu_target
+from pagedgen.values.workload import Workload
+
+ROUNDS = 15
+TOKENS = (64, 256, 1024, 8192)
+BF16, E4M3 = DType.BF16, DType.FP8_E4M3
+COPY_BYTES = 1 << 30
+NOTE = "GB/s count bytes read and written; the share is of torch's copy of 1 GiB in the same rounds"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One case: a spec, the tokens that move and in how many layers; with every schedule or the pick."""
+
+    name: str
+    spec: KernelSpec
+    num_tokens: int
+    num_layers: int
+    every_schedule: bool
+
+    @property
+    def workload(self) -> Workload:
+        """Its tokens as one sequence."""
+        return Workload.chunks(1, self.num_tokens, self.num_tokens)
+
+    @property
+    def num_bytes(self) -> int:
+        """Read and written by one call."""
+        spec = self.spec
+        outside = spec.num_kv_heads * (spec.head_dim + spec.v_dim) * spec.q_dtype.size
+        return self.num_tokens * self.num_layers * (spec.kv_bytes_per_token + outside)
+
+
+def jobs() -> tuple[Job, ...]:
+    """Each operator and format at each number of tokens; every schedule for the least and the most."""
+    shape = (128, 8, 8, 16)
+    kinds = (
+        ("write_kv, bfloat16", KernelSpec(Op.WRITE_KV, *shape, BF16, BF16), 1),
+        ("write_kv, bfloat16 to fp8", KernelSpec(Op.WRITE_KV, *shape, BF16, E4M3, KVScale.TENSOR), 1),
+        ("gather, bfloat16", KernelSpec(Op.GATHER, *shape, BF16, BF16), 1),
+        ("gather, fp8 to bfloat16", KernelSpec(Op.GATHER, *shape, BF16, E4M3, KVScale.TENSOR), 1),
+        ("copy_blocks, bfloat16, 1 layer", KernelSpec(Op.COPY_BLOCKS, *shape, BF16, BF16), 1),
+        ("copy_blocks, bfloat16, 32 layers", KernelSpec(Op.COPY_BLOCKS, *shape, BF16, BF16), 32),
+    )
+    return tuple(
+        Job(f"{name}, {tokens} tokens", spec, tokens, layers, tokens in (TOKENS[0], TOKENS[-1]))
+        for name, spec, layers in kinds
+        for tokens in TOKENS
+    )
+
+
+class Rows:
+    """What write_kv and gather take: tokens in one piece, and pools with slots for all of them, at random."""
+
+    def __init__(self, job: Job, count: int, device: str = "cuda") -> None:
+        spec = self.spec = job.spec
+        kind, outside = TORCH_DTYPES[spec.kv_dtype], TORCH_DTYPES[spec.q_dtype]
+        blocks = count * -(-job.num_tokens // spec.block_size) + 1
+        shape = (blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        raw = torch.uint8 if kind.itemsize == 1 else kind
+        self.raw = [torch.zeros(shape, dtype=raw, device=device) for _ in range(2)]
+        self.pools = [pool.view(kind) for pool in self.raw]
+        rows = (count, 2, job.num_tokens, *shape[2:])
+        self.rows = torch.randn(rows, dtype=outside, device=device)
+        order = torch.randperm((blocks - 1) * spec.block_size, device=device)
+        self.slots = order[: count * job.num_tokens].view(count, job.num_tokens)
+        one = torch.ones(1, device=device) if spec.kv_scale is not KVScale.NONE else None
+        self.scales = [one, one]
+
+    def ours(self, library: Library, turn: int) -> None:
+        """A call of the library's operator."""
+        call = library.write_kv if self.spec.op is Op.WRITE_KV else library.gather
+        (rows_k, rows_v), (k, v), (k_scale, v_scale) = self.rows[turn], self.pools, self.scales
+        call(rows_k, rows_v, self.slots[turn], k, v, k_scale, v_scale, 0)
+
+    def torchs(self, turn: int) -> None:
+        """The same by torch's operators."""
+        fp8 = self.pools[0].dtype if self.scales[0] is not None else None
+        for pool, rows, scale in zip(self.raw, self.rows[turn], self.scales, strict=True):
+            if self.spec.op is Op.WRITE_KV:
+                store(pool, rows, self.slots[turn], scale, fp8)
+                continue
+            size = self.spec.block_size
+            found = pool[self.slots[turn] // size, self.slots[turn] % size]
+            if fp8 is not None and scale is not None:
+                found = found.view(fp8).float() * scale
+            rows.copy_(found)
+
+
+class Blocks:
+    """What copy_blocks takes: pools of K and V of all layers, and pairs of blocks, none twice, at random."""
+
+    def __init__(self, job: Job, count: int, device: str = "cuda") -> None:
+        spec = job.spec
+        pairs = -(-job.num_tokens // spec.block_size)
+        page = spec.block_size * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.size
+        shape = (2 * job.num_layers, 2 * pairs * count, page // 8)
+        self.blocks = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.pools = BlockPools.stacked(self.blocks)
+        self.pairs = torch.randperm(shape[1], device=device).view(count, pairs, 2)
+
+    def ours(self, library: Library, turn: int) -> None:
+        """A call of the library's operator."""
+        pools = self.pools
+        library.copy_blocks(
+            pools.origin, pools.origin, pools.table, pools.table, self.pairs[turn], max(pools.pages), 0
+        )
+
+    def torchs(self, turn: int) -> None:
+        """The same by torch's operators."""
+        source, into = self.pairs[turn].unbind(1)
+        self.blocks.index_copy_(1, into, self.blocks.index_select(1, source))
+
+
+def copy_gbs() -> float:
+    """torch's copy of :data:`COPY_BYTES` on the device, bytes read and written: GB/s."""
+    if not _copied:
+        _copied.extend(torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(3):
+        _copied[1].copy_(_copied[0])
+    end.record()
+    end.synchronize()
+    return 3 * 2 * COPY_BYTES / float(begin.elapsed_time(end)) / 1e6
+
+
+_copied: list[torch.Tensor] = []
+
+
+def candidates(job: Job, target: Target) -> tuple[Schedule, ...]:
+    """The schedules that a case times beside its pick."""
+    return tuple(feasible(job.spec, target)) if job.every_schedule else ()
+
+
+def run(note: Note) -> Report:
+    """All cases, on the first GPU.
+
+    Raises:
+        DeviceMissing: there is none.
+    """
+    target = gpu_target()
+    if not device_of(target).present:
+        raise DeviceMissing("move-gpu: a CUDA GPU is needed")
+    todo = jobs()
+    with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
+        sources = dict.fromkeys(
+            render(job.spec, target, schedule)
+            for job in todo
+            for schedule in (pick(job.spec, target, job.workload).schedule, *candidates(job, target))
+        )
+        note(f"move-gpu: compiling {len(sources)} kernels")
+        list(compile_all(tuple(sources), shop.pool, BinaryCache()))
+        cases = []
+        for number, job in enumerate(todo, 1):
+            cases.append(_case(job, target, Path(folder), shop))
+            summaries = cases[-1].summaries()
+            times = [f"{s.median_us:,.1f} us ({s.roofline_share:.0%})" for s in summaries[:1]]
+            best = min((s for s in summaries if s.samples_us), key=lambda s: s.median_us, default=None)
+            best_is = "" if best is None else f"; best {best.contender}: {best.median_us:,.1f} us"
+            note(f"move-gpu {number}/{len(todo)}: {job.name}: {summaries[0].failure or times[0]}{best_is}")
+    return Report.of("move-gpu", target, cases, (NOTE,))
+
+
+def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:
+    bandwidths: Sequence[float] = ()
+    try:
+        rows, bandwidths = shop.worker.call(_contest, job, target, folder, timeout_s=2 * MEASURE_S)
+    except PagedgenError as error:
+        shop.worker.kill()  # whatever it was, the next case gets a clean CUDA context
+        rows = (Row("pagedgen", (), job.num_bytes, "", f"{type(error).__name__}: {error}"),)
+    return Case(job.name, job.spec, job.workload, rows, tuple(bandwidths))
+
+
+def _contest(job: Job, target: Target, folder: Path) -> tuple[tuple[Row, ...], tuple[float, ...]]:
+    """One case, in the worker."""
+    count = min(MAX_CALLS, math.ceil(ROTATION * last_level_cache_bytes("cuda") / job.num_bytes))
+    given = Blocks(job, count) if job.spec.op is Op.COPY_BLOCKS else Rows(job, count)
+    turns = Turns(count)
+    flat = torch.zeros(2, count, job.num_bytes // 2, dtype=torch.uint8, device="cuda")
+
+    def plain_copy(turn: int) -> None:
+        flat[0, turn].copy_(flat[1, turn])
+
+    chosen = pick(job.spec, target, job.workload)
+    contenders, failed = [], []
+    for schedule in dict.fromkeys((chosen.schedule, *candidates(job, target))):
+        first = schedule == chosen.schedule
+        name = "pagedgen" if first else f"{schedule['tile_m']} rows, {schedule['num_warps']} warps"
+        detail = f"{chosen.origin if first else 'candidate'}: {schedule.name}"
+        try:
+            call = partial(given.ours, _library(job.spec, target, schedule, folder))
+        except PagedgenError as error:
+            if first:
+                raise
+            failed.append(Row(name, (), job.num_bytes, detail, f"{type(error).__name__}: {error}"))
+            continue
+        contenders.append(Contender(name, Clock(call, turns, "cuda"), job.num_bytes, detail))
+    for name, torchs in (("torch's copy_ of as much", plain_copy), ("torch's operators", given.torchs)):
+        contenders.append(Contender(name, Clock(torchs, turns, "cuda"), job.num_bytes))
+    rows, bandwidths = contest(contenders, ROUNDS, copy_gbs)
+    return (*rows, *failed), bandwidths
+
+
+_loaded: dict[Path, Library] = {}
+
+
+def _library(spec: KernelSpec, target: Target, schedule: Schedule, folder: Path) -> Library:
+    """A library of one schedule that has passed the gate; linked and gated once, for all cases."""
+    path = folder / f"{spec.name}-{schedule.hash}.so"
+    if path not in _loaded:
+        link([compile_one(spec, target, schedule)], (), path)
+        Verified(0, schedule, gate_variant(path, spec, 0, "cuda", 0))
+        _loaded[path] = Library(path)
+    return _loaded[path]
