@@ -84,7 +84,7 @@ def flex_call(spec: KernelSpec, inputs: Inputs) -> Call:
     count, window, before = len(inputs.seq_lens), spec.window, tokens - queries
 
     def seen(batch: object, head: object, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        visible = kv <= q + before
+        visible: torch.Tensor = kv <= q + before
         return visible if window is None else visible & (kv > q + before - window)
 
     mask = create_block_mask(seen, None, None, queries, tokens, device="cpu")

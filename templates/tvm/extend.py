@@ -51,8 +51,8 @@ class TvmExtend(Family):
         """Tiles, register blocks, and the way products are formed."""
         level = LEVELS[target.arch]
         dots = ("f32", "bf16") if dot_allowed(spec, target) else ("f32",)
-        # Pairs double the products of an instruction, but not everywhere their rate: on Sapphire Rapids float32
-        # gave 509 GFLOP/s where pairs gave 295. Tuning tells; the default is what loses nothing.
+        # Pairs double the products of an instruction, but not everywhere their rate: on Sapphire Rapids
+        # float32 gave 509 GFLOP/s, pairs 295. Tuning tells; the default is what loses nothing.
         vectors = (1, 2, 3, 4)
         panels = tuple(n for n in (4, 8) if n < level.registers // 2)
         return (

@@ -392,7 +392,7 @@ def test_every_step_by_a_packs_kernels(
     wide_model: torch.nn.Module,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Chunked prompts, a prompt beside a decode, samples that share and then copy blocks: never torch's attention."""
+    """Chunked prompts, a prompt beside a decode, samples that copy shared blocks: never torch's attention."""
     monkeypatch.setattr(torch_attention, "extend", None)
     monkeypatch.setattr("pagedgen.runtime.kv_cache.store", None)
     serving = Engine(wide_model, 60, layout, 16, packs[layout])

@@ -111,7 +111,7 @@ def pairs(spec: KernelSpec) -> Schedule:
 
 @pytest.mark.parametrize("block_size", [5, 24])
 def test_cross_compiles_pairs_of_any_block(block_size, make_spec):
-    """bf16 pairs of K along tokens are shuffled as many tokens at a time as a block has next to each other."""
+    """bf16 pairs of K along tokens are shuffled as many tokens at a time as lie next to each other."""
     spec = make_spec(32, (4, 2), block_size, "bf16", k_inner="token", op="extend")
     source = render(spec, cpu("x86_64-avx512bf16"), pairs(spec))
     assert "dpbf16ps" in source.text and compile_source(source).file("kernel.o")
@@ -195,6 +195,10 @@ def test_what_only_a_cpu_checks(build, make_spec):
         assert inputs.out.isnan().all(), "something was written before the check"
     inputs = make_inputs(spec, (20, 40), query_lens=(20, 0))
     inputs.seq_lens[1], inputs.block_table[1] = 48, 99  # not read where there is no query
+    run_case(spec, library, 0, inputs, workspace)
+    assert judge(spec, inputs)[2] == ""
+    inputs = make_inputs(spec, (20, 40), query_lens=(20, 10))
+    inputs.cu_seqlens_q[0] = 8  # rows before it are another call's: the first sequence has 12 queries
     run_case(spec, library, 0, inputs, workspace)
     assert judge(spec, inputs)[2] == ""
 
