@@ -143,6 +143,10 @@ class KernelSpec:
       of its sequence, one of 64 at most (tree attention of SpecInfer, Miao et al., 2024); it sees itself and
       all tokens before the queries in any case. Without it ``verify`` is causal in the order of its queries.
 
+    ``batch_invariant``: the bits of a query's output follow from its sequence's tokens alone: not from what
+    else is in the batch, from padding, or from how a prompt was cut into chunks. One variant serves all
+    calls.
+
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
     """
@@ -166,6 +170,7 @@ class KernelSpec:
     attention_chunk: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
     causality: Causality = field(default=Causality.CAUSAL, metadata=codec.OMIT_DEFAULT)
     tree_mask: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
+    batch_invariant: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         if self.head_dim_v == self.head_dim:  # one value, one form
@@ -257,7 +262,7 @@ class KernelSpec:
         if self.num_q_heads != self.num_kv_heads:
             allowed = f"{self.num_kv_heads}, num_kv_heads, is allowed: {self.op.value} has no query heads"
             raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
-        for name in (*self.masks, *(("return_lse",) if self.return_lse else ())):
+        for name in (*self.masks, *(n for n in ("return_lse", "batch_invariant") if getattr(self, n))):
             raise InvalidValue(name, getattr(self, name), f"not allowed: {self.op.value} has no softmax")
 
     def __lt__(self, other: object) -> bool:
@@ -356,6 +361,8 @@ class KernelSpec:
             parts.append("percausal")
         if self.tree_mask:
             parts.append("tree")
+        if self.batch_invariant:
+            parts.append("invariant")
         return "-".join(parts)
 
     @property
