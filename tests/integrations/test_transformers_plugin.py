@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -215,3 +217,14 @@ def test_what_is_refused(served, monkeypatch):
         model.generate(ids, changed, attention_mask=torch.ones_like(ids))
     detach(model)
     detach(model)
+
+
+def test_no_compiler_of_ours_comes_with_it():
+    """What transformers and torch import by themselves is theirs; the plug-in adds nothing that compiles."""
+    code = (
+        "import sys, pagedgen.integrations.transformers\n"
+        "own = ('pagedgen.compiler', 'pagedgen.autotune', 'pagedgen.templates', 'pagedgen.cli')\n"
+        "print([n for n in sys.modules if n.startswith((*own, 'tvm.', 'optuna'))])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.split() == ["[]"]
