@@ -55,7 +55,7 @@ class Interpreted:
     ):
         spec = self.spec
         grid = PARTITIONS if self.split == "even" else PARTITIONS + q.shape[0]
-        slots = {"pieces": grid, "even": 2 * PARTITIONS, "fixed": self.max_parts * q.shape[0]}[self.split]
+        slots = {"even": 2 * PARTITIONS, "fixed": self.max_parts * q.shape[0]}.get(self.split, grid)
         rows = min(block_h(spec), spec.group_size)
         partial = torch.full((self.programs, slots, rows, spec.v_dim), float("nan"))
         partial_lse = torch.full((self.programs, slots, rows), float("nan"))
