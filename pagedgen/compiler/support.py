@@ -8,7 +8,7 @@ from typing import Any
 
 from pagedgen.compiler.families import family_for
 from pagedgen.errors import InvalidValue, Unsupported
-from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op, Rope
 from pagedgen.values.target import Target
 
 BASE = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.F16, DType.F16)
@@ -39,6 +39,8 @@ FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("causality full", {"causality": Causality.FULL}),
     ("causality per_sequence", {"causality": Causality.PER_SEQUENCE}),
     ("tree_mask", {"tree_mask": True}),
+    ("rope", {"rope": Rope.NEOX}),
+    ("rope, interleaved, 64 elements", {"rope": Rope.GPTJ, "rotary_dim": 64}),
 )
 
 

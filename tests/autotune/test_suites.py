@@ -14,9 +14,10 @@ from pagedgen.autotune.suites.contest import Contender, contest, pick
 from pagedgen.autotune.suites.decode_gpu import GRID_WORKLOAD, grid, rows
 from pagedgen.autotune.suites.report import Case, Report, Row
 from pagedgen.compiler.space import default_schedule
+from pagedgen.compiler.verify_write import turn
 from pagedgen.errors import CompileError, DeviceMissing, UnknownName
 from pagedgen.runtime.kv_cache import store
-from pagedgen.values.spec import DType, KernelSpec, Op
+from pagedgen.values.spec import DType, KernelSpec, Op, Rope
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
 
@@ -133,7 +134,9 @@ def test_a_verify_that_does_not_compile_is_a_row_and_others_are_timed(tmp_path, 
 class TorchMoves:
     """The moves' libraries, by torch's operators."""
 
-    def write_kv(self, new_k, new_v, slots, k, v, k_scale, v_scale, variant):
+    def write_kv(self, new_k, new_v, slots, k, v, k_scale, v_scale, variant, *turns):
+        if turns:
+            new_k = turn(new_k, turns[0], turns[1], Rope.NEOX)[0].to(new_k.dtype)
         for new, pool, scale in ((new_k, k, k_scale), (new_v, v, v_scale)):
             fp8 = None if scale is None else pool.dtype
             store(pool if scale is None else pool.view(torch.uint8), new, slots, scale, fp8)
@@ -150,7 +153,7 @@ class TorchMoves:
                 ctypes.memmove(src_origin + begin + into * step, src_origin + begin + source * step, page)
 
 
-@pytest.mark.parametrize("number", range(0, 24, 4))
+@pytest.mark.parametrize("number", range(0, 28, 4))
 def test_moves_are_timed_at_the_same_work_as_torchs_operators(number) -> None:
     """One call of ours and one of torch's, each turn: the same bytes; and as many as are stated."""
     job = move_gpu.jobs()[number]
@@ -159,6 +162,8 @@ def test_moves_are_timed_at_the_same_work_as_torchs_operators(number) -> None:
         (move_gpu.Blocks if job.spec.op is Op.COPY_BLOCKS else move_gpu.Rows)(job, 2, "cpu") for _ in range(2)
     )
     copied = job.spec.op is Op.COPY_BLOCKS
+    if not copied:
+        torchs.turns = ours.turns
     names = ("blocks", "pairs") if copied else ("raw", "rows", "slots")
     for name in names:
         held, other = getattr(ours, name), getattr(torchs, name)
