@@ -22,6 +22,7 @@ SPECS = (
     KernelSpec(Op.EXTEND, 128, 32, 8, 16, BF16, BF16),
     KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, BF16, E4M3, KVScale.HEAD),
     KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, F16, E5M2, KVScale.TENSOR, rope=Rope.GPTJ, rotary_dim=64),
+    KernelSpec(Op.KV_SCALES, 128, 8, 8, 1, BF16, E4M3, KVScale.HEAD),
     KernelSpec(Op.MERGE, 128, 32, 32, 1, BF16, BF16, sinks=True),
     KernelSpec(Op.COPY_BLOCKS, 128, 8, 8, 16, BF16, BF16),
     KernelSpec(Op.GATHER, 128, 8, 8, 16, BF16, E5M2, KVScale.HEAD),

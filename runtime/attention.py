@@ -517,6 +517,43 @@ class Attention:
             )
             raise
 
+    def kv_scales(
+        self,
+        new_k: torch.Tensor,
+        new_v: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        *,
+        spec: KernelSpec,
+    ) -> None:
+        """Set the scales of an fp8 pool that are not set yet, by tokens that :meth:`write_kv` stores next.
+
+        What is set, and why so: see :func:`pagedgen.runtime.kv_scales.set_scales`, which does the same.
+        One launch, that reads nothing where all are set.
+
+        Args:
+            new_k, new_v, slot_mapping: as :meth:`write_kv`.
+            k_scale, v_scale: float32 ``[1]`` or ``[num_kv_heads]``; entries of 0 or less are written.
+            spec: the kernel's: which fp8 type the pool has does not follow from the tensors.
+
+        Raises:
+            ArgumentError: an argument is not as above. Nothing ran.
+            SpecNotInPack: no kernel of this spec.
+        """
+        kernel = self.kernel(spec)
+        if spec.op is not Op.KV_SCALES:
+            raise SpecNotInPack(f"spec = {spec.name}: a spec of kv_scales is expected")
+        try:
+            kernel.call(new_k, new_v, slot_mapping, k_scale, v_scale, -1)
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(
+                new_k=new_k, new_v=new_v, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
+            )
+            raise
+
     def gather(
         self,
         slot_mapping: torch.Tensor,

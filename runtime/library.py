@@ -78,6 +78,7 @@ class Library:
 
     - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant[, positions, cos_sin])``
     - ``gather(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, variant)``
+    - ``kv_scales(new_k, new_v, slot_mapping, k_scale, v_scale, variant)``
     - ``merge(outs, lses, out, lse, variant[, sinks])``
     - ``copy_blocks(src_origin, dst_origin, src, dst, pairs, page_bytes, variant)``
 
@@ -96,6 +97,7 @@ class Library:
         "decode",
         "extend",
         "gather",
+        "kv_scales",
         "merge",
         "path",
         "verify",
@@ -107,6 +109,7 @@ class Library:
     verify: Extend
     write_kv: WriteKV
     gather: WriteKV
+    kv_scales: WriteKV  # new_k, new_v, slot_mapping, k_scale, v_scale, variant
     copy_blocks: CopyBlocks
     merge: Extend  # outs, lses, out, lse, variant, and sinks where the spec has them
 

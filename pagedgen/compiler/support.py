@@ -58,6 +58,8 @@ def _spec(op: Op, changes: dict[str, Any]) -> KernelSpec | None:
     fields = {field: getattr(BASE, field) for field in BASE.__dataclass_fields__} | {"op": op} | changes
     if op is Op.MERGE:  # which has no pool
         fields |= {"num_kv_heads": fields["num_q_heads"], "block_size": 1, **changes}
+    if op is Op.KV_SCALES:  # which has no pool either, and fp8 alone
+        fields |= {"block_size": 1, **F8, **changes}
     if op in MOVES:  # which have no query heads
         fields["num_q_heads"] = fields["num_kv_heads"]
     if op is Op.COPY_BLOCKS:  # which knows no other type than the pool's

@@ -19,11 +19,13 @@ class Op(StrEnum):
     VERIFY = "verify"  # a few queries a sequence, drafted tokens in a line or a tree, at the speed of decode
     WRITE_KV = "write_kv"  # new tokens' K and V to their slots in the pool, quantised where it is fp8
     COPY_BLOCKS = "copy_blocks"  # whole blocks, in the pools of all layers at once
+    KV_SCALES = "kv_scales"  # scales of an fp8 pool that are not set yet, by the first tokens' K and V
     MERGE = "merge"  # attention over parts of a context to that over the whole, by the parts' LSEs
     GATHER = "gather"  # tokens' K and V from their slots, one after the other, dequantised or as stored
 
 
-MOVES = (Op.WRITE_KV, Op.COPY_BLOCKS, Op.GATHER)  # operators without queries: they compute no attention
+# Operators without queries: they compute no attention.
+MOVES = (Op.WRITE_KV, Op.COPY_BLOCKS, Op.GATHER, Op.KV_SCALES)
 
 
 class DType(StrEnum):
@@ -82,6 +84,7 @@ class Rope(StrEnum):
     GPTJ = "gptj"  # element 2i with element 2i + 1: GPT-J, interleaved
 
 
+LEAST_SCALE = 1e-30  # that kv_scales sets: a normal number, and so is its inverse
 MAX_WINDOW = 1 << 30  # tokens, of a window or of an attention chunk; a longer one is none
 
 DTYPE_ALIASES = {
@@ -130,6 +133,8 @@ class KernelSpec:
     ``gather``, its inverse, and ``copy_blocks``. Where they leave K and V as they are stored, fp8 included,
     ``q_dtype`` is ``kv_dtype`` and ``kv_scale`` none: always for ``copy_blocks``; for ``gather`` from an fp8
     pool the other choice is a wider ``q_dtype`` and a scale, which values are multiplied with.
+
+    ``kv_scales`` reads what ``write_kv`` stores and sets scales by it: ``kv_dtype`` is fp8, ``block_size`` 1.
 
     With ``rope``, ``write_kv`` turns K by its tokens' positions before it is stored: the first ``rotary_dim``
     elements of a row (None, or ``head_dim`` itself, which becomes None: all of them).
@@ -237,6 +242,14 @@ class KernelSpec:
                 raise InvalidValue("q_dtype", self.q_dtype.value, allowed)
             allowed = "'none' is allowed: blocks are copied as they are"
             raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
+        if self.op is Op.KV_SCALES:
+            for name, fits in (("block_size", self.block_size == 1), ("k_inner", self.k_inner is KInner.DIM)):
+                if not fits:
+                    allowed = f"{'1' if name == 'block_size' else 'dim'} is allowed: kv_scales has no pool"
+                    raise InvalidValue(name, getattr(self, name), allowed)
+            if not self.kv_dtype.is_fp8:
+                allowed = "an fp8 type is allowed: others have no scales"
+                raise InvalidValue("kv_dtype", self.kv_dtype.value, allowed)
         if self.op in (Op.COPY_BLOCKS, Op.GATHER) and as_stored:
             if self.op is Op.COPY_BLOCKS and self.k_inner is not KInner.DIM:
                 allowed = "dim is allowed: blocks are copied as they are, whichever axis is innermost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from pagedgen.errors import Unsupported
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
@@ -21,7 +22,7 @@ class TritonWriteKV(Family):
     kind = "cuda"
     source = TEMPLATES / "triton" / "write_kv.py.j2"
     masks: tuple[str, ...] = ("rope",)
-    shared = (TEMPLATES / "fp8.py", TEMPLATES / "triton" / "quantise.j2")
+    shared: tuple[Path, ...] = (TEMPLATES / "fp8.py", TEMPLATES / "triton" / "quantise.j2")
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""

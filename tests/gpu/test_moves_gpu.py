@@ -62,7 +62,12 @@ MERGING = tuple(
     for head_dim, heads, sinks in ((128, 32, False), (80, 7, True), (256, 1, False))
     for q in (F16, BF16, F32)
 )
-SPECS = tuple(dict.fromkeys((*CONVERTING, *AS_STORED, *TURNING, *MERGING)))
+SCALING = tuple(
+    KernelSpec(Op.KV_SCALES, head_dim, heads, heads, 1, q, kv, scale)
+    for head_dim, heads in ((128, 8), (80, 3))
+    for q, kv, scale in ((BF16, E4M3, KVScale.TENSOR), (F16, E5M2, KVScale.HEAD), (F32, E4M3, KVScale.HEAD))
+)
+SPECS = tuple(dict.fromkeys((*CONVERTING, *AS_STORED, *TURNING, *MERGING, *SCALING)))
 
 
 def captured(call):
