@@ -15,6 +15,7 @@ from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.workload import Workload
 
 WORST_REGRET = 0.02
+ONE_FOR_ALL = math.inf  # as worst_regret: the one schedule with the least mean regret, whatever its worst
 NOISE = 0.003  # in mean regret, between equals: medians of a run's finalists repeat to about that
 ANY = 2**31 - 1  # a rule with this bound holds for every call
 EXHAUSTIVE = 50_000  # subsets tried before the greedy cover takes over

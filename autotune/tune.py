@@ -35,7 +35,7 @@ from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.race import race
 from pagedgen.autotune.roofline import Bandwidth, bandwidth
 from pagedgen.autotune.search import Stop, search
-from pagedgen.autotune.select import Selection, select
+from pagedgen.autotune.select import ONE_FOR_ALL, WORST_REGRET, Selection, select
 from pagedgen.autotune.warm import guesses
 from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
 from pagedgen.compiler.compile import compiler_version
@@ -346,7 +346,14 @@ class _Run:
         times: dict[Schedule, dict[Workload, float]] = {}
         for record in records:
             times.setdefault(record.schedule, {})[record.workload] = record.time_us
-        return select(times, defaults=self._defaults()), records, stop
+        return self._selected(times), records, stop
+
+    def _selected(
+        self, times: Mapping[Schedule, Mapping[Workload, float]], status: Status = Status.MEASURED
+    ) -> Selection:
+        # Variants differ in their bits, so that a batch-invariant spec has one, not the batch's.
+        regret = ONE_FOR_ALL if self.spec.batch_invariant else WORST_REGRET
+        return select(times, status, regret, self._defaults())
 
     def _identity(self) -> dict[str, str]:
         """What every worker of a study has to agree on."""
@@ -730,7 +737,7 @@ class _Run:
             if (binary := self.binaries[schedule].binary) is not None
         )
         times = {s: {w: self._predict(s, w) for w in self.workloads} for s in usable}
-        selection = select(times, Status.PREDICTED, defaults=self._defaults())
+        selection = self._selected(times, Status.PREDICTED)
         return replace(selection, expected_regret=self.calibration.expected_regret), records, stop
 
     # ---- both ----

@@ -66,6 +66,7 @@ class Family(ABC):
     spill_bytes: int = 0  # a thread, that a kernel may spill and still be used
     masks: tuple[str, ...] = ()  # of KernelSpec.masks, those that the template covers
     v_dims: bool = False  # whether V's rows may have another length than K's
+    invariant: bool = False  # whether it has kernels whose bits don't follow from the batch
 
     @abstractmethod
     def check(self, spec: KernelSpec, target: Target) -> None:

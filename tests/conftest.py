@@ -110,7 +110,9 @@ def gpu_binary(h100):
 
     def make(spec: KernelSpec, target: Target = h100, *, suffix: str = "", **choices: int | str) -> Binary:
         schedule = default_schedule(spec, target)
-        own: dict[str, int | str] = {"waves": 4, "split": "pieces"} if spec.op is Op.DECODE else {}
+        own: dict[str, int | str] = {"waves": 4} if spec.op is Op.DECODE else {}
+        if spec.op is Op.DECODE and not spec.batch_invariant:
+            own["split"] = "pieces"
         choices = {**dict(schedule.choices), **own, **choices}
         source = Source(spec, target, Schedule.of(schedule.template, **choices), "# kernel source\n")
         ptx = f".version 8.7\n.target {target.arch}{suffix}\n.address_size 64\n// made up\n".encode()

@@ -53,6 +53,11 @@ SUITES: dict[str, Suite] = {
             "pagedgen.autotune.suites.verify_gpu",
         ),
         Suite(
+            "invariant-gpu",
+            "batch-invariant decode on this GPU beside kernels that are free to follow the batch",
+            "pagedgen.autotune.suites.invariant_gpu",
+        ),
+        Suite(
             "move-gpu",
             "writing, gathering and copying K and V on this GPU, against a copy's bandwidth",
             "pagedgen.autotune.suites.move_gpu",

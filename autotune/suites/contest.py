@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pagedgen.autotune import database
@@ -15,6 +16,7 @@ from pagedgen.compiler.link import link
 from pagedgen.compiler.space import near_default
 from pagedgen.errors import CompileError
 from pagedgen.runtime.library import Library
+from pagedgen.values.record import Verdict
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
@@ -90,12 +92,19 @@ def ours(
         CompileError: it does not compile.
     """
     chosen = pick(spec, target, workload) if schedule is None else Pick(schedule, "candidate")
-    out = folder / f"{spec.name}-{chosen.schedule.hash}.so"
-    library = link([compile_one(spec, target, chosen.schedule)], (), out)
-    verdict = gate_variant(library, spec, 0, device, 0)
+    library, verdict = _proved(spec, target, chosen.schedule, device, folder)
     clock = clock_of(Library(library), spec, workload, Verified(0, chosen.schedule, verdict), device)
     flops = 0 if spec.op is Op.DECODE else workload.flops(spec)
     return Contender(name, clock, workload.kv_bytes(spec), f"{chosen.origin}: {chosen.schedule.name}", flops)
+
+
+@lru_cache(maxsize=256)
+def _proved(
+    spec: KernelSpec, target: Target, schedule: Schedule, device: str, folder: Path
+) -> tuple[Path, Verdict]:
+    """A kernel's library and verdict; once in a process, for all workloads that time it."""
+    library = link([compile_one(spec, target, schedule)], (), folder / f"{spec.name}-{schedule.hash}.so")
+    return library, gate_variant(library, spec, 0, device, 0)
 
 
 def contest(

@@ -211,10 +211,16 @@ def kernel_name(row: KernelTiming) -> str:
 def kernels_of(file: KernelTimings) -> dict[str, Times]:
     """Times of every kernel of a file, by :func:`kernel_name`; batches in the same order in every list."""
     found: dict[str, dict[tuple[str, float], list[float]]] = {}
-    for row in sorted(file.rows, key=lambda row: (row.spec.op, row.num_seqs, row.num_tokens)):
+    for row in sorted(file.rows, key=_order):
         times = found.setdefault(kernel_name(row), {})
         times.setdefault((str(row.spec.block_size), row.coverage), []).append(row.median_us)
     return dict(found)
+
+
+def _order(row: KernelTiming) -> tuple[Any, ...]:
+    spec = row.spec
+    kernel = (spec.op, spec.kv_dtype.is_fp8, spec.head_dim, -spec.num_q_heads)
+    return *kernel, row.num_seqs, row.num_tokens
 
 
 def against_16(times: Times, size: str) -> float:

@@ -1,6 +1,6 @@
 """Continuous batching in transformers on a GPU: a pack's kernels, stock sdpa, and static ``generate``.
 
-    python docs/benchmarks/transformers_gpu.py PACK --lengths FILE [--layers 16] [--json FILE]
+    python docs/benchmarks/transformers_gpu.py PACK --lengths FILE [--layers 16] [--skip stock] [--json FILE]
 
 Random weights in the shape of Llama-3-8B with fewer layers, bf16, one GPU, one process. 256 requests with the
 lengths of a trace (CSV with num_prefill_tokens and num_decode_tokens, a request a row), drawn with a seed
@@ -8,6 +8,9 @@ from those of at most 1,024 prompt tokens and 4 to 1,024 new ones. All are there
 early, so that each makes as many tokens as the trace says. Greedy. Continuous batching is warmed up first,
 and what that takes is stated apart; each way runs ``--rounds`` times, in turns. Static batches take requests
 as they come, run until the longest is done, and are credited with the tokens that were asked for.
+
+Then the same with KV memory for 65,536 tokens alone: paged, and with as many requests at a time as would be
+there if each had the longest request's 2,048 tokens reserved in one piece.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 REQUESTS, LONGEST = 256, 1024
+SMALL_POOL = 65536  # tokens
 SHAPE = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
@@ -70,14 +74,20 @@ def prompts_of(lengths: list[tuple[int, int]]) -> list[list[int]]:
     return [[draw.randrange(3, SHAPE["vocab_size"]) for _ in range(n)] for n, _ in lengths]
 
 
-def continuous(model: Any, prompts: list[list[int]], lengths: list[tuple[int, int]]) -> dict[str, Any]:
-    """All requests by transformers' manager of continuous batches, as it is configured unless told."""
+def continuous(
+    model: Any, prompts: list[list[int]], lengths: list[tuple[int, int]], **options: Any
+) -> dict[str, Any]:
+    """All requests by transformers' manager of continuous batches; its defaults but for ``options``."""
     import torch
+    from transformers import ContinuousBatchingConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
     hints = WorkloadHints(max(p for p, _ in lengths), max(n for _, n in lengths), len(lengths))
     begin = time.perf_counter()
-    with model.continuous_batching_context_manager(workload_hints=hints) as manager:
+    asked_for = ContinuousBatchingConfig(**options)
+    with model.continuous_batching_context_manager(
+        continuous_batching_config=asked_for, workload_hints=hints
+    ) as manager:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for i, (prompt, (_, new)) in enumerate(zip(prompts, lengths, strict=True)):
@@ -100,6 +110,7 @@ def continuous(model: Any, prompts: list[list[int]], lengths: list[tuple[int, in
             "max_batch_tokens": config.max_batch_tokens, "use_cuda_graph": config.use_cuda_graph,
             "use_async_batching": config.use_async_batching,
             "max_blocks_per_request": config.max_blocks_per_request,
+            "max_requests_per_batch": config.max_requests_per_batch,
         }  # fmt: skip
     tokens = sum(len(made[str(i)]) for i in range(len(prompts)))
     assert tokens == sum(new for _, new in lengths), tokens
@@ -158,6 +169,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--skip", default="", help="of: stock, memory, static, first")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     import torch
@@ -192,21 +204,32 @@ def main() -> None:
         },
         "lengths": lengths,
         "rounds": [],
+        "equal_memory": {},
         "static": [],
         "first_call": [],
     }  # fmt: skip
 
-    def save(*, last: bool = False) -> None:
+    def save() -> None:
         if options.json:
             options.json.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-        if last:
-            print(json.dumps({k: v for k, v in raw.items() if k not in ("lengths", "rounds")}, indent=1))
 
     def show(name: str, run: dict[str, Any]) -> None:
         extra = {k: round(v, 2) for k, v in run.items() if isinstance(v, float)}
         print(name, extra, run.get("config", ""), flush=True)
         save()
 
+    def equal_memory() -> None:
+        small = {"page_size": 16, "num_blocks": SMALL_POOL // 16}
+        attach(model, options.pack)
+        for name, more in (
+            ("paged", {}),
+            ("reserved", {"max_requests_per_batch": SMALL_POOL // (2 * LONGEST)}),
+        ):
+            raw["equal_memory"][name] = continuous(model, prompts, lengths, **small, **more)
+            show(f"memory for {SMALL_POOL} tokens, {name}", raw["equal_memory"][name])
+        detach(model)
+
+    skipped = options.skip.split(",")
     for number in range(options.rounds):
         found: dict[str, Any] = {}
         attach(model, options.pack)
@@ -214,17 +237,21 @@ def main() -> None:
         detach(model)
         raw["rounds"].append(found)
         show("pagedgen", found["pagedgen"])
-        if number == 0 or not raw.get("slow_stock"):
+        if "stock" not in skipped and (number == 0 or not raw.get("slow_stock")):
             found["stock"] = continuous(model, prompts, lengths)
             show("stock sdpa", found["stock"])
             raw["slow_stock"] = found["stock"]["seconds"] > 60  # once is enough then
-    for size in (64, 256):
-        raw["static"].append(static(model, prompts, lengths, size))
-        show(f"static, batches of {size}", raw["static"][-1])
-    for _ in range(3):
-        raw["first_call"].append(first_call(options.pack))
-        print("first call", raw["first_call"][-1], flush=True)
-    save(last=True)
+    if "memory" not in skipped:
+        equal_memory()
+    if "static" not in skipped:
+        for size in (256, 64):
+            raw["static"].append(static(model, prompts, lengths, size))
+            show(f"static, batches of {size}", raw["static"][-1])
+    if "first" not in skipped:
+        for _ in range(3):
+            raw["first_call"].append(first_call(options.pack))
+            print("first call", raw["first_call"][-1], flush=True)
+    save()
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
         raise Unsupported(
             f"head_dim_v = {spec.head_dim_v}: {family.name} covers head_dim_v = head_dim ({spec.head_dim})"
         )
+    if spec.batch_invariant and not family.invariant:
+        raise Unsupported(f"batch_invariant = True: the bits of {family.name} follow from the batch")
     family.check(spec, target)
     return family
 

@@ -112,13 +112,18 @@ def assemble(binaries: Sequence[Binary], dispatch: Sequence[Rule], *, embed: Emb
             architecture could use (``sm_90a`` and the like).
 
     Raises:
-        InvalidValue: several specs or targets, a rule that names no variant, an unknown ``embed``.
+        InvalidValue: several specs or targets, a rule that names no variant, several variants of a batch
+            invariant spec, an unknown ``embed``.
         Unsupported: a kind of target that has no launcher.
     """
     spec, target = common(binaries)
     for rule in dispatch:
         if not 0 <= rule.variant < len(binaries):
             raise InvalidValue("variant", rule.variant, f"0 to {len(binaries) - 1} is allowed")
+    used = sorted({rule.variant for rule in dispatch})
+    if spec.batch_invariant and len(used) > 1:
+        allowed = f"one variant is allowed: the batch must not pick the bits of {spec.name}"
+        raise InvalidValue("dispatch", used, allowed)
     if embed not in EMBEDS:
         raise InvalidValue("embed", embed, f"allowed: {', '.join(EMBEDS)}")
     shared: dict[str, object] = {
@@ -147,8 +152,9 @@ def _own_fields(schedule: Schedule) -> tuple[str, ...]:
         return str(schedule.int("tile_m")), str(schedule.int("waves"))
     if schedule.template != "triton-decode":
         return (str(schedule.int("tile_m")),)
-    even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
-    return str(schedule.int("waves")), str(even).lower(), str(pdl).lower()
+    even, pdl = schedule["split"] != "pieces", schedule.int("pdl") == 1
+    own = str(schedule.int("waves")), str(even).lower(), str(pdl).lower()
+    return (*own, str(schedule.int("max_parts"))) if schedule["split"] == "fixed" else own
 
 
 def _assemble_gpu(

@@ -27,6 +27,7 @@ EPS = {DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
 Pool = Literal["nhd", "hnd", "packed"]
 POOLS: tuple[Pool, ...] = ("nhd", "hnd", "packed")
 PADDING = 3  # rows of q and out behind the last sequence's, as a captured graph's largest batch leaves them
+INVARIANT_BATCHES = 8  # random ones, that a batch-invariant kernel is tried on
 SCORES = 1 << 25  # float64 scores that the reference holds at a time
 
 
@@ -493,6 +494,10 @@ def gate(
         from pagedgen.compiler.verify_moves import gate_move
 
         return gate_move(callee, spec, variant, device, seed, wrap)
+    block = spec.block_size
+    invariant_lens = [n for n in cases[0].seq_lens if n] if cases else [1, block, block + 1, 333, 900]
+    if spec.op is Op.DECODE and not cases:
+        invariant_lens.append(12000)  # pieces of 256 tokens at least follow from a batch that is long enough
     cases = cases_of(spec, seed) if cases is None else cases
     most = max(len(case.seq_lens) for case in cases)
     size = callee.workspace_bytes(most)
@@ -524,4 +529,12 @@ def gate(
                 return Verdict(False, number + 1, error, allowed, seed, where)
             if not worst[1] or error / max(allowed, 1e-30) > worst[0] / worst[1]:
                 worst = (error, allowed)
+    if spec.batch_invariant:
+        from pagedgen.compiler.verify_invariant import changed_bits
+
+        reason = changed_bits(
+            spec, callee, variant, device, seed, lens=invariant_lens, batches=INVARIANT_BATCHES, wrap=wrap
+        )
+        if reason:
+            return Verdict(False, len(cases), float("inf"), 0.0, seed, reason)
     return Verdict(True, len(cases), worst[0], worst[1], seed)

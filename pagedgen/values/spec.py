@@ -159,6 +159,10 @@ class KernelSpec:
       of its sequence, one of 64 at most (tree attention of SpecInfer, Miao et al., 2024); it sees itself and
       all tokens before the queries in any case. Without it ``verify`` is causal in the order of its queries.
 
+    ``batch_invariant``: the bits of a query's output follow from its sequence's tokens alone: not from what
+    else is in the batch, from padding, or from how a prompt was cut into chunks. One variant serves all
+    calls.
+
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
     """
@@ -182,6 +186,7 @@ class KernelSpec:
     attention_chunk: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
     causality: Causality = field(default=Causality.CAUSAL, metadata=codec.OMIT_DEFAULT)
     tree_mask: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
+    batch_invariant: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
     rope: Rope = field(default=Rope.NONE, metadata=codec.OMIT_DEFAULT)
     rotary_dim: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
 
@@ -286,6 +291,7 @@ class KernelSpec:
             "k_inner": KInner.DIM,
             "head_dim_v": None,
             "return_lse": False,
+            "batch_invariant": False,
             **{name: getattr(self, name) if name == "sinks" else None for name in self.masks},
         }
         for name, only in wanted.items():
@@ -300,7 +306,7 @@ class KernelSpec:
             allowed = f"{self.num_kv_heads}, num_kv_heads, is allowed: {self.op.value} has no query heads"
             raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
         masks = [name for name in self.masks if name != "rope"]
-        for name in (*masks, *(("return_lse",) if self.return_lse else ())):
+        for name in (*masks, *(n for n in ("return_lse", "batch_invariant") if getattr(self, n))):
             raise InvalidValue(name, getattr(self, name), f"not allowed: {self.op.value} has no softmax")
 
     def __lt__(self, other: object) -> bool:
@@ -400,6 +406,8 @@ class KernelSpec:
             parts.append("percausal")
         if self.tree_mask:
             parts.append("tree")
+        if self.batch_invariant:
+            parts.append("invariant")
         if self.rope is not Rope.NONE:
             parts.append(f"{self.rope.value}{self.rotary_dim or ''}")
         return "-".join(parts)

@@ -146,6 +146,7 @@ class TritonDecode(Family):
     )
     masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk")
     v_dims = True
+    invariant = True
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -196,7 +197,7 @@ class TritonDecode(Family):
             ),
             Field("num_stages", (2, 3, 4), 3 if narrow else 2, "depth of the load pipeline"),
             Field("waves", (1, 2, 3, 4, 6, 8), 3 if narrow else 2, "pieces aimed at for each SM"),
-            Field("split", ("pieces", "even"), "pieces", "how a batch is shared out among programs"),
+            *(self._split_fields(spec)),
             # 96 merge 16 parts 1.5 us sooner; 32 leave registers for a fifth program on an SM (184, not 254)
             Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
             Field("seq_lanes", (128, 1024), 128, "sequences whose lengths are scanned at a time"),
@@ -209,6 +210,20 @@ class TritonDecode(Family):
             ),
             Field("max_regs", (0, 168), 0, "registers of a thread at most; 0: what the compiler likes"),
             Field("pdl", pdl, 0, "launched while the kernel before it drains, or after it"),
+        )
+
+    @staticmethod
+    def _split_fields(spec: KernelSpec) -> tuple[Field, ...]:
+        """How a batch is shared out; where bits may not follow from it, how a sequence is split."""
+        meaning = "how a batch is shared out among programs"
+        if not spec.batch_invariant:
+            return (Field("split", ("pieces", "even"), "pieces", meaning),)
+        return (
+            Field("split", ("fixed",), "fixed", meaning),
+            Field("part", (256, 512, 1024), 256, "tokens of a part of a sequence at least"),
+            Field(
+                "max_parts", (16, 32, 64), 32, "parts of a sequence at most; longer ones have longer parts"
+            ),
         )
 
     def constraints(self) -> tuple[Constraint, ...]:
@@ -328,9 +343,14 @@ class TritonDecode(Family):
         if bounded(spec):  # tiles before what the query sees are skipped
             lens = tuple(n - spec.visible(n - 1, n).start // tile * tile for n in lens)
         tiles = sum(cdiv(n, tile) for n in lens)  # of one KV head
+        partial_bytes = 0
         if schedule["split"] == "even":
             share = max(1, cdiv(tiles, partitions))
             pieces, splits = cdiv(tiles, share), cdiv(cdiv(max(lens), tile), share) + 1
+        elif schedule["split"] == "fixed":
+            parts = [cdiv(n, self._part(schedule, n)) for n in lens]
+            pieces, splits = min(partitions, sum(parts)), max(parts)
+            partial_bytes = 8 * sum(parts) * spec.num_q_heads * spec.v_dim  # written, and read again
         else:
             chunk = cdiv(cdiv(max(1, sum(lens)), partitions), tile) * tile
             chunk = max(chunk, self._min_chunk(tile))
@@ -357,7 +377,7 @@ class TritonDecode(Family):
             "max_threads_per_sm": target.max_threads_per_sm,
             "acc_regs": rows * v_width / (32 * warps)
             + tile_bytes / spec.kv_dtype.size / (2 * 32 * warps) / 2,
-            "kv_bytes": sum(lens) * spec.kv_bytes_per_token,
+            "kv_bytes": sum(lens) * spec.kv_bytes_per_token + partial_bytes,
             "bandwidth_gbs": target.bandwidth_gbs
             * 0.88,  # reads reach 92% of the published rate, kernels 95%
             "num_sms": target.num_sms,
@@ -376,6 +396,12 @@ class TritonDecode(Family):
             "merge_piece_us": 0.133,
             "merged_pieces": splits if splits > 1 else 0,
         }
+
+    @staticmethod
+    def _part(schedule: Schedule, tokens: int) -> int:
+        """Tokens of a part of a sequence with ``fixed`` splits: what the kernel computes, too."""
+        tile = schedule.int("tile")
+        return max(schedule.int("part"), cdiv(cdiv(tokens, tile), schedule.int("max_parts")) * tile)
 
     @staticmethod
     def _min_chunk(tile: int) -> int:
@@ -452,6 +478,8 @@ class TritonDecode(Family):
             "pdl": bool(schedule.int("pdl")),
             "seq_lanes": schedule.int("seq_lanes"),
             "min_chunk": self._min_chunk(tile),
+            "part_tiles": schedule.int("part") // tile if spec.batch_invariant else 0,
+            "max_parts": schedule.int("max_parts") if spec.batch_invariant else 0,
         }
 
 

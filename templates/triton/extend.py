@@ -81,6 +81,9 @@ class TritonExtend(Family):
     shared = tuple(TEMPLATES / "triton" / n for n in ("extend_tiles.j2", "pages.j2", "fp8.j2", "masks.j2"))
     masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality")
     v_dims = True
+    # A tile's row computes what it would alone: KV tiles begin at multiples of their length, and those that
+    # it does not see add nothing.
+    invariant = True
     # ptxas keeps the shared-memory addresses of Q in registers that it then spills: 352 B are 59 of the 875
     # instructions of a 128 x 64 tile of 4 warps, and two such programs fit on an SM, where 8 warps are one.
     spill_bytes = 512

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedgen.autotune.select import ANY, Selection, lookup, select
+from pagedgen.autotune.select import ANY, ONE_FOR_ALL, Selection, lookup, select
 from pagedgen.errors import InvalidValue
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Status
@@ -127,6 +127,18 @@ def test_a_skewed_batch_has_a_row_of_its_own_where_it_needs_one() -> None:
     chosen = select(times)
     assert chosen.pick(64, 1024) == whole and chosen.pick(64, 131072) == cut
     assert chosen.worst_regret <= 0.02 and len(chosen.variants) == 2
+
+
+def test_one_for_all_is_the_best_mean() -> None:
+    short, long = Workload.uniform(1, 1024), Workload.uniform(64, 8192)
+    times = {
+        schedule(0): {short: 10.0, long: 100.0},
+        schedule(1): {short: 11.0, long: 80.0},
+        schedule(2): {short: 20.0, long: 70.0},
+    }
+    assert len(select(times).variants) == 2
+    chosen = select(times, worst_regret=ONE_FOR_ALL)
+    assert chosen.variants == (schedule(1),) and len(chosen.dispatch) == 1
 
 
 def test_the_greedy_cover_takes_over_on_large_spaces(monkeypatch: pytest.MonkeyPatch) -> None:

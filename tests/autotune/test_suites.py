@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pagedgen.autotune.suites import SUITES, move_gpu, run_suite, verify_gpu
+from pagedgen.autotune.suites import SUITES, invariant_gpu, move_gpu, run_suite, verify_gpu
 from pagedgen.autotune.suites.contest import Contender, contest, pick
 from pagedgen.autotune.suites.decode_gpu import GRID_WORKLOAD, grid, rows
 from pagedgen.autotune.suites.report import Case, Report, Row
@@ -131,6 +131,32 @@ def test_a_verify_that_does_not_compile_is_a_row_and_others_are_timed(tmp_path, 
     assert (third.contender, third.failure) == (verify_gpu.TREE, "CompileError: no")
 
 
+def test_invariant_kernels_are_timed_beside_the_free_one(tmp_path, monkeypatch) -> None:
+    """One schedule serves all batches: the best mean, not the best of each."""
+    free = {"1x8192": 10.0, "32x8192": 100.0}
+    times = {"parts of 256, 4 waves": (10.0, 110.0), "parts of 512, 4 waves": (14.0, 101.0)}
+
+    def ours(spec, target, workload, device, folder, name, schedule=None):
+        if name not in {"free", *times}:
+            raise CompileError("no")
+        assert spec.batch_invariant == (name != "free")
+        time = free[workload.name] if name == "free" else times[name][workload.num_seqs > 1]
+        return Contender(name, FakeClock(time, []), 100)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(invariant_gpu, "ours", ours)
+    h100 = target("h100")
+    jobs = [job for job in invariant_gpu.jobs() if job.workload.name in free][:2]
+    assert jobs[0].spec == jobs[1].spec and not jobs[0].spec.batch_invariant
+    assert all(s["split"] == "fixed" for _, s in invariant_gpu.candidates(jobs[0].spec, h100))
+    cases = [
+        Case(j.name, j.spec, j.workload, invariant_gpu._contest(j, h100, tmp_path), (1.0,)) for j in jobs
+    ]
+    rows = {row.contender: row for row in cases[1].summaries()}
+    assert rows["parts of 256, 4 waves"].speed_ratio == pytest.approx(1.1)
+    assert rows["parts of 256, 2 waves"].failure == "CompileError: no"
+    assert invariant_gpu.best_of(cases) == {jobs[0].spec: "parts of 256, 4 waves"}
+
+
 class TorchMoves:
     """The moves' libraries, by torch's operators."""
 
@@ -191,10 +217,12 @@ def test_moves_are_timed_at_the_same_work_as_torchs_operators(number) -> None:
 
 
 def test_unknown_suites_and_absent_devices_are_named(monkeypatch) -> None:
-    with pytest.raises(UnknownName, match="decode-cpu, decode-gpu, extend-gpu, verify-gpu, move-gpu, load"):
+    with pytest.raises(
+        UnknownName, match="decode-cpu, decode-gpu, extend-gpu, verify-gpu, invariant-gpu, move-gpu"
+    ):
         run_suite("nope", None, print)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for suite in ("decode-gpu", "verify-gpu", "move-gpu"):
+    for suite in ("decode-gpu", "verify-gpu", "invariant-gpu", "move-gpu"):
         with pytest.raises(DeviceMissing, match="gpu 0"):
             run_suite(suite, None, print)
 

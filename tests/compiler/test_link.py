@@ -189,6 +189,17 @@ def test_equal_shares_take_two_slots_each_whatever_the_batch(tmp_path, make_spec
         assert library.workspace_bytes(num_seqs) == expected
 
 
+def test_fixed_splits_take_a_slot_for_every_part_of_every_sequence(tmp_path, make_spec, gpu_binary):
+    spec = make_spec(64, (8, 2), 16, "f16", batch_invariant=True)
+    library = Library(link([gpu_binary(spec, max_parts=parts) for parts in (16, 64)], (), tmp_path / "f.so"))
+    if torch.cuda.is_available():
+        pytest.skip("workspace follows the GPU at hand")
+    for num_seqs in (1, 1000):
+        slots = 2 * num_seqs * 64 * 4  # 2 KV heads, 64 parts at most, 4 rows
+        expected = sum(-(-n // 256) * 256 for n in (slots * 4, slots * 64 * 4, 2 * num_seqs * 4))
+        assert library.workspace_bytes(num_seqs) == expected
+
+
 def test_what_cannot_be_linked(make_spec, gpu_binary, a100):
     spec = make_spec()
     one = gpu_binary(spec)
@@ -198,6 +209,13 @@ def test_what_cannot_be_linked(make_spec, gpu_binary, a100):
         assemble([one, gpu_binary(make_spec(64))], ALL)
     with pytest.raises(InvalidValue, match="target = 'a100-80g': one target a library: h100-sxm"):
         assemble([one, gpu_binary(spec, a100)], ALL)
+    invariant = gpu_binary(make_spec(batch_invariant=True))
+    several = (Rule(4, 2**31 - 1, 0), Rule(2**31 - 1, 2**31 - 1, 1))
+    with pytest.raises(
+        InvalidValue, match=r"dispatch = \[0, 1\]: one variant is allowed: the batch must not"
+    ):
+        assemble([invariant, invariant], several)
+    assemble([invariant, invariant], (Rule(4, 2**31 - 1, 1), Rule(2**31 - 1, 2**31 - 1, 1)))
     with pytest.raises(InvalidValue, match="variant = 1: 0 to 0 is allowed"):
         assemble([one], (Rule(1, 1, 1),))
     hip = Target("mi300x", "hip", "gfx942", 304)

@@ -60,6 +60,8 @@ def extra() -> tuple[KernelSpec, ...]:
     for head_dim, v_dim in V_DIMS:
         specs.append(replace(spec_of(head_dim, (16, 16), q=BF16, lse=True), head_dim_v=v_dim))
         specs.append(replace(spec_of(head_dim, (28, 4), 64, kv=E4M3), head_dim_v=v_dim, alibi=True))
+    for spec in (spec_of(lse=True), spec_of(64, (71, 1), 1, q=BF16, kv=E4M3)):
+        specs.append(replace(spec, batch_invariant=True))
     return tuple(specs)
 
 

@@ -78,6 +78,11 @@ def test_the_same_tokens_as_eager(pack, kind, changes):
         batches = transformers.ContinuousBatchingConfig(**options, **more)
         made = model.generate_batch(prompts, continuous_batching_config=batches, max_new_tokens=6)
         assert [output.generated_tokens for output in made.values()] == want, more
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device="cuda")
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device="cuda")
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert made[:, longest:].tolist() == want
     detach(model)
 
 

@@ -127,6 +127,17 @@ def batched(model, prompts, **options):
     return [output.generated_tokens for output in outputs.values()]
 
 
+def padded(model, prompts):
+    """``generate`` for all prompts in one batch."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    alone = model.generate(ids[3:4], max_new_tokens=NEW, do_sample=False)  # the longest has no padding
+    assert torch.equal(alone[0], made[3])
+    return made[:, longest:].tolist()
+
+
 def forms(monkeypatch):
     """Which forms of a step came up."""
     seen, original = set(), Step.of.__func__
@@ -160,6 +171,7 @@ def test_the_same_tokens_as_eager(served, k_inner, name, monkeypatch):
     assert batched(model, prompts, max_blocks_per_request=0, page_size=16) == want
     if LAYERS[name].issubset(COMPILED[k_inner]):
         assert pack.attention.calls["kernel"] > calls["kernel"]
+    assert padded(model, prompts) == want
     assert seen == {("written", False), ("read", False), ("read", True), ("pages", True)}
     detach(model)
     assert model.config._attn_implementation == "eager" and attached(model) is None
@@ -212,7 +224,19 @@ def test_what_is_refused(served, monkeypatch):
     attach(model, served(KInner.TOKEN))
     with pytest.raises(InvalidValue, match="page_size = 24: a multiple of 16 is allowed"):
         batched(model, prompts, page_size=24)
-    with pytest.raises(Unsupported, match="cache = None: an attached model serves generate_batch"):
+    with pytest.raises(Unsupported, match=r"past_key_values = .*: an attached model serves"):
         model(torch.tensor([[1, 2]]))
+    ids = torch.tensor([[1, 2], [0, 3]])
+    with pytest.raises(Unsupported, match="attention_mask = None: with several prompts"):
+        model.generate(ids)
+    with pytest.raises(Unsupported, match=r"attention_mask = \[2, 2\]: padding at the left"):
+        model.generate(ids, attention_mask=torch.tensor([[1, 1], [1, 0]]))
+    for option in ({"num_beams": 2}, {"num_return_sequences": 2}, {"use_cache": False}):
+        (name,) = option
+        with pytest.raises(Unsupported, match=f"{name} = .*one sequence a row"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), **option)
+    changed = transformers.GenerationConfig(num_beams=3)
+    with pytest.raises(Unsupported, match="num_beams = 3"):
+        model.generate(ids, changed, attention_mask=torch.ones_like(ids))
     detach(model)
     detach(model)

@@ -220,6 +220,18 @@ def test_the_table_picks_and_the_grid_follows(serve, library, make_spec):
     assert grids == [8 * n for n in (66 + 4, 33 + 5, 33 + 4, 66 + 1)]
 
 
+def test_a_launch_of_fixed_splits(serve, gpu_binary, make_spec, tmp_path):
+    """Exactly `partitions` programs a KV head; a slot for each part that a sequence may have."""
+    spec = make_spec(128, (32, 8), 16, "f16", batch_invariant=True)
+    out = link([gpu_binary(spec, waves=4, max_parts=16)], (), tmp_path / "fixed.so")
+    run = serve(out, [["decode", arguments_for(spec, variant=0)]], types=types_of(spec))
+    (launch,) = run.launches
+    assert launch["grid"][0] == 132 * 4
+    got = dict(zip(names_of(spec), launch["arguments"], strict=True))
+    assert (got["num_seqs"], got["partitions"]) == (3, 132 * 4 // 8)
+    assert got["partial"] == 0x100000 + 8 * 3 * 16 * 4 * 4
+
+
 def test_programmatic_dependent_launch_is_asked_for_where_the_kernel_waits(
     serve, gpu_binary, make_spec, tmp_path
 ):

@@ -29,7 +29,7 @@ class Interpreted:
     def __init__(self, spec, schedule, folder):
         self.spec = spec
         self.kernel = load_source(render(spec, HOST, schedule).text, folder).paged_decode
-        self.even = schedule["split"] == "even"
+        self.split, self.max_parts = schedule["split"], dict(schedule.choices).get("max_parts", 0)
         self.programs = spec.num_kv_heads * head_blocks(spec)
         self.counters = torch.zeros(self.programs * 256, dtype=torch.int32)
 
@@ -54,8 +54,8 @@ class Interpreted:
         *extras,
     ):
         spec = self.spec
-        grid = PARTITIONS if self.even else PARTITIONS + q.shape[0]
-        slots = 2 * PARTITIONS if self.even else grid
+        grid = PARTITIONS + q.shape[0] if self.split == "pieces" else PARTITIONS
+        slots = {"pieces": grid, "even": 2 * PARTITIONS, "fixed": self.max_parts * q.shape[0]}[self.split]
         rows = min(block_h(spec), spec.group_size)
         partial = torch.full((self.programs, slots, rows, spec.v_dim), float("nan"))
         partial_lse = torch.full((self.programs, slots, rows), float("nan"))

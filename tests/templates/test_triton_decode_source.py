@@ -1,4 +1,4 @@
-"""The rendered Triton source: pinned for four specs, specialised, and compiled for named architectures."""
+"""The rendered Triton source: pinned for five specs, specialised, and compiled for named architectures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from pagedgen.compiler.cost import predict
 from pagedgen.compiler.render import render
-from pagedgen.compiler.space import default_schedule
+from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.triton import alignment_of, compile_triton, signature_of
 from pagedgen.errors import Unsupported
 from pagedgen.templates.triton.decode import block_h, kv_align, loads_of, parts_of
 from pagedgen.values.schedule import Schedule
+from pagedgen.values.workload import Workload
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -47,6 +49,11 @@ GOLDENS = {
         {"head_dim": 192, "head_dim_v": 128, "alibi": True, "attention_chunk": 8192},
         "h100",
         {},
+    ),
+    "triton-llama-3-8b-f16-invariant": (
+        {"batch_invariant": True},
+        "h100",
+        {"split": "fixed", "part": 256, "max_parts": 32, "pdl": 1},
     ),
     "triton-token-slots-bf16": ({"q": "bf16", "block_size": 1}, "h100", {"tile": 128, "pdl": 1}),
 }
@@ -107,6 +114,11 @@ def test_loads_cover_head_dim_without_the_next_power_of_two(make_spec, head_dim,
         ("h100", {"kv": "fp8_e4m3", "window": 4096, "logits_soft_cap": 50.0, "sinks": True}, {}),
         ("a100", {"q": "bf16", "window": 128, "sinks": True, "lse": True}, {}),
         ("h100", {"head_dim": 96, "heads": (32, 32), "block_size": 544}, {}),
+        (
+            "a100",
+            {"q": "bf16", "kv": "fp8_e4m3", "batch_invariant": True, "window": 4096, "lse": True},
+            {"split": "fixed", "part": 256, "max_parts": 32, "fp8_decode": "bits"},
+        ),
         ("a100", {"q": "bf16", "alibi": True, "attention_chunk": 8192}, {}),
         (
             "h100",
@@ -128,6 +140,30 @@ def test_compiles_for_a_named_arch_with_no_gpu(request, make_spec, arch, spec_ar
     assert f".target {arch_name}" in binary.file("kernel.ptx").decode()
     # 16-byte asynchronous copies: without them the alignment promises were lost on the way
     assert "cp.async.cg.shared.global" in binary.file("kernel.ptx").decode()
+
+
+def test_batch_invariant_schedules_split_by_length_alone(make_spec, h100):
+    spec = make_spec(batch_invariant=True)
+    found = feasible(spec, h100)
+    assert {s["split"] for s in found} == {"fixed"}
+    assert {s["split"] for s in feasible(make_spec(), h100)} == {"pieces", "even"}
+    one = default_schedule(spec, h100)
+    batches = [Workload.uniform(1, 8192), Workload.uniform(32, 8192)]
+    free = default_schedule(make_spec(), h100)
+    for batch in batches:
+        mine, other = (predict(s, h100, c, batch) for s, c in ((spec, one), (make_spec(), free)))
+        assert mine["memory_us"] > other["memory_us"]  # partial results
+
+
+def test_verify_and_cpus_have_no_batch_invariant_kernels(make_spec, h100, cpu_target):
+    for spec, target in (
+        (make_spec(op="verify", batch_invariant=True), h100),
+        (make_spec(q="f32", batch_invariant=True), cpu_target),
+    ):
+        with pytest.raises(
+            Unsupported, match=r"batch_invariant = True: the bits of .* follow from the batch"
+        ):
+            default_schedule(spec, target)
 
 
 def test_default_schedule_is_legal_and_prefers_the_declared_defaults(make_spec, h100):

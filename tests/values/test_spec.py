@@ -62,6 +62,7 @@ def specs(draw) -> KernelSpec:
         alibi=op not in MOVES and draw(st.booleans()),
         attention_chunk=None if op in MOVES else draw(st.none() | st.integers(1, 1 << 30)),
         causality=draw(st.sampled_from(list(Causality))) if op is Op.EXTEND else Causality.CAUSAL,
+        batch_invariant=op not in MOVES and draw(st.booleans()),
     )
 
 
@@ -124,8 +125,9 @@ def test_specs_of_before_keep_their_json_and_their_hash():
 
 def test_later_fields_are_in_the_name_and_the_json():
     changes = {"head_dim_v": 64, "alibi": True, "attention_chunk": 8192, "causality": Causality.PER_SEQUENCE}
+    changes["batch_invariant"] = True
     spec = KernelSpec(**{**GOOD, "op": Op.EXTEND, **changes})
-    assert spec.name == "extend-h128v64-q32-kv8-b16-bf16-alibi-chunk8192-percausal"
+    assert spec.name == "extend-h128v64-q32-kv8-b16-bf16-alibi-chunk8192-percausal-invariant"
     assert spec.masks == ("alibi", "attention_chunk", "causality")
     assert codec.encode(spec)["head_dim_v"] == 64 and codec.decode(KernelSpec, codec.encode(spec)) == spec
     assert spec.kv_bytes_per_token == 8 * (128 + 64) * 2
@@ -200,6 +202,7 @@ def test_names_say_what_is_masked():
         ({"alibi": True}, "alibi = True: not allowed"),
         ({"attention_chunk": 9}, "attention_chunk = 9: not allowed"),
         ({"causality": Causality.PER_SEQUENCE}, "causality = .*: not allowed"),
+        ({"batch_invariant": True}, "batch_invariant = True: not allowed"),
     ],
 )
 def test_fields_that_an_operator_has_no_use_for_are_refused(change, message):

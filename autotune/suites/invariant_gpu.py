@@ -1,0 +1,133 @@
+"""The ``invariant-gpu`` suite: batch-invariant decode on this GPU beside what is free to follow the batch.
+
+A batch-invariant kernel splits every sequence by its own length, leaves more partial results, and is one for
+all batches, where the free ones are picked for each. Its candidates here are the free kernel of
+:data:`BASE` with fixed splits of several lengths; the one with the best mean over the batches is named. Every
+kernel passes the gate first, which for these compares bits of sequences alone and in random batches.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from pagedgen.autotune.binaries import BinaryCache, compile_all
+from pagedgen.autotune.device import device_of
+from pagedgen.autotune.roofline import gpu_read_gbs
+from pagedgen.autotune.select import ONE_FOR_ALL, select
+from pagedgen.autotune.suites import Note
+from pagedgen.autotune.suites.contest import contest, ours, pick
+from pagedgen.autotune.suites.decode_gpu import BF16, Job, compile_picks, rows
+from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.autotune.tune import MEASURE_S, Workshop
+from pagedgen.compiler.render import render
+from pagedgen.compiler.space import is_legal
+from pagedgen.errors import DeviceMissing, PagedgenError
+from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import KernelSpec
+from pagedgen.values.target import Target
+from pagedgen.values.target_table import gpu_target
+from pagedgen.values.workload import Workload
+
+ROUNDS = 12
+FREE = "free"
+BASE = Workload.uniform(32, 8192)
+SPLITS = tuple((part, waves) for part in (256, 512) for waves in (2, 4, 8))
+
+
+def jobs() -> tuple[Job, ...]:
+    """The batches of ``decode-gpu`` in float16 and FP8; the specs are those of free kernels."""
+    return tuple(replace(job, rounds=ROUNDS, with_peers=False) for job in rows() if job.spec.q_dtype != BF16)
+
+
+def candidates(spec: KernelSpec, target: Target) -> tuple[tuple[str, Schedule], ...]:
+    """Names and schedules of batch-invariant kernels of a free spec: its pick with fixed splits."""
+    base = dict(pick(spec, target, BASE).schedule.choices)
+    invariant = replace(spec, batch_invariant=True)
+    found = []
+    for part, waves in SPLITS:
+        fixed = {**base, "split": "fixed", "part": part, "max_parts": 32, "waves": waves}
+        schedule = Schedule.of("triton-decode", **fixed)
+        if is_legal(invariant, target, schedule):
+            found.append((f"parts of {part}, {waves} waves", schedule))
+    return tuple(found)
+
+
+def best_of(cases: Sequence[Case]) -> dict[KernelSpec, str]:
+    """The candidate of each spec with the best mean over its cases."""
+    times: dict[KernelSpec, dict[Schedule, dict[Workload, float]]] = {}
+    names = {}
+    for case in cases:
+        for row in case.summaries():
+            if row.contender != FREE and not row.failure:
+                schedule = Schedule.of("candidate", name=row.contender)
+                names[schedule] = row.contender
+                times.setdefault(case.spec, {}).setdefault(schedule, {})[case.workload] = row.median_us
+    return {
+        spec: names[select(of_spec, worst_regret=ONE_FOR_ALL).variants[0]] for spec, of_spec in times.items()
+    }
+
+
+def run(note: Note) -> Report:
+    """All cases, on the first GPU.
+
+    Raises:
+        DeviceMissing: there is none.
+    """
+    target = gpu_target()
+    if not device_of(target).present:
+        raise DeviceMissing("invariant-gpu: a CUDA GPU is needed")
+    todo = jobs()
+    specs = tuple(dict.fromkeys(job.spec for job in todo))
+    with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
+        compile_picks([*todo, *(replace(job, workload=BASE) for job in todo)], target, shop, note)
+        fixed = [
+            render(replace(spec, batch_invariant=True), target, schedule)
+            for spec in specs
+            for _, schedule in candidates(spec, target)
+        ]
+        note(f"invariant-gpu: compiling {len(fixed)} kernels")
+        list(compile_all(tuple(fixed), shop.pool, BinaryCache()))
+        read_gbs: tuple[float, ...] = (shop.worker.call(gpu_read_gbs, timeout_s=MEASURE_S),)
+        cases = []
+        for number, job in enumerate(todo, 1):
+            cases.append(_case(job, target, Path(folder), shop, read_gbs))
+            times = [
+                f"{row.contender} {row.failure or f'{row.median_us:,.1f} us'} ({row.speed_ratio:.2f})"
+                for row in cases[-1].summaries()
+            ]
+            note(f"invariant-gpu {number}/{len(todo)}: {job.name}: {', '.join(times)}")
+    return Report.of(
+        "invariant-gpu", target, cases, [f"{s.name}: best is {n}" for s, n in best_of(cases).items()]
+    )
+
+
+def _case(job: Job, target: Target, folder: Path, shop: Workshop, read_gbs: tuple[float, ...]) -> Case:
+    try:
+        found = shop.worker.call(_contest, job, target, folder, timeout_s=2 * MEASURE_S)
+    except PagedgenError as error:
+        shop.worker.kill()  # whatever it was, the next case gets a clean CUDA context
+        found = (Row(FREE, (), job.workload.kv_bytes(job.spec), "", f"{type(error).__name__}: {error}"),)
+    return Case(job.name, job.spec, job.workload, found, read_gbs)
+
+
+def _contest(job: Job, target: Target, folder: Path) -> tuple[Row, ...]:
+    """One case, in the worker; the free kernel is first, so that ratios are times of its."""
+    invariant = replace(job.spec, batch_invariant=True)
+    makers = [(FREE, partial(ours, job.spec, target, job.workload, "cuda", folder, FREE))]
+    makers += [
+        (name, partial(ours, invariant, target, job.workload, "cuda", folder, name, schedule))
+        for name, schedule in candidates(job.spec, target)
+    ]
+    contenders, found = [], {}
+    for name, make in makers:
+        try:
+            contenders.append(make())
+        except PagedgenError as error:
+            reason = f"{type(error).__name__}: {error}"
+            found[name] = Row(name, (), job.workload.kv_bytes(job.spec), "", reason)
+    found |= {row.contender: row for row in contest(contenders, job.rounds)[0]}
+    return tuple(found[name] for name, _ in makers)
