@@ -477,7 +477,7 @@ class Attention:
                 Slots of kept tokens lie in the pool and differ.
             k, v: the pools, as :meth:`decode` takes them; written in place.
             k_scale, v_scale: as :meth:`decode`: what is stored is the value divided by the scale, rounded to
-                the nearest, ties to even, and no larger than the type's largest. No subnormal numbers.
+                the nearest, ties to even, and no larger than the type's largest.
             positions: int64 ``[num_tokens]``, for kernels with ``rope``.
             cos_sin: float32 ``[max_position, rotary_dim]``, contiguous, for kernels with ``rope``: the
                 cosines of a position's ``rotary_dim / 2`` angles, then their sines.

@@ -98,7 +98,6 @@ class TritonWriteKV(Family):
             "half": half,
             "half_width": next_power_of_two(half) if spec.rope is Rope.NEOX else width // 2,
             "rest_width": next_power_of_two(max(1, spec.head_dim - 2 * half)),
-            "fp8_convert": target.kind == "cuda" and target.fp8_convert,
             "is_fp8": spec.kv_dtype.is_fp8,
             "kv_dtype": spec.kv_dtype.value,
             "fp8": FORMATS.get(spec.kv_dtype),

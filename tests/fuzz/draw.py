@@ -24,7 +24,8 @@ from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import MOVES, DType, KernelSpec, Op
 from pagedgen.values.target import Target
 
-ATTENTION = tuple(op for op in Op if op not in MOVES)
+ATTENTION = tuple(op for op in Op if op not in (*MOVES, Op.MERGE))
+POOLLESS = (Op.MERGE, Op.KV_SCALES)
 BLOCKS = (1, 2, 3, 5, 8, 16, 16, 16, 32, 48, 64, 100, 128, 256, 528, 544, 784, 1024)
 DIMS = (32, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 128, 160, 192, 256)
 GROUPS = (1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 12, 16, 32, 71)
@@ -72,13 +73,15 @@ def _field(draw: Random, name: str, sizes: Sizes) -> Any:
         return draw.choice((1, 2, 16, 64, 65, 128, draw.randint(1, 2 * sizes.longest)))
     if name == "attention_chunk":
         return draw.choice((1, 16, 64, 100, draw.randint(1, sizes.longest)))
+    if name == "rotary_dim":
+        return draw.choice((16, 32, 64, draw.randrange(2, 256, 2)))
     if name == "logits_soft_cap":
         return draw.choice((1.0, 15.0, 30.0, 50.0))
     raise AssertionError(f"KernelSpec.{name} is new: say here what values it is drawn from")
 
 
 OFTEN = {"tree_mask": 0.5, "return_lse": 0.4, "kv_scale": 1.0, "k_inner": 1.0}
-OPTIONAL = {"window", "attention_chunk", "logits_soft_cap", "head_dim_v"}
+OPTIONAL = {"window", "attention_chunk", "logits_soft_cap", "head_dim_v", "rotary_dim"}
 
 
 def spec_of(draw: Random, op: Op, target: Target, sizes: Sizes) -> KernelSpec:
@@ -94,9 +97,15 @@ def spec_of(draw: Random, op: Op, target: Target, sizes: Sizes) -> KernelSpec:
             continue
         q = draw.choice(list(DType))
         kv = q if draw.random() < 0.6 else draw.choice((DType.FP8_E4M3, DType.FP8_E5M2))
+        if op is Op.MERGE:
+            q_heads, kv = heads, q
+        elif op is Op.KV_SCALES:
+            kv = draw.choice((DType.FP8_E4M3, DType.FP8_E5M2))
         values: dict[str, Any] = {
             "op": op, "num_q_heads": q_heads, "num_kv_heads": heads, "q_dtype": q, "kv_dtype": kv,
         }  # fmt: skip
+        if op in POOLLESS:
+            values["block_size"] = 1
         for each in fields(KernelSpec):
             kind = hints[each.name]
             choices = [True] if kind is bool else list(kind) if isinstance(kind, EnumType) else None

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "templates"))
 
 import torch
-from fuzz.draw import SMALL, schedule_of, spec_of
+from fuzz.draw import ATTENTION, SMALL, schedule_of, spec_of
 from fuzz.trial import attempt
 from interpreted_moves import Interpreted as Moves
 
@@ -29,7 +29,7 @@ from pagedgen.compiler.families import family_for
 from pagedgen.compiler.render import render
 from pagedgen.compiler.triton import load_source
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, Op
 from pagedgen.values.target import Target
 
 HOST = Target(
@@ -130,7 +130,7 @@ def main() -> None:
             while (spec := spec_of(draw, op, HOST, SMALL)).q_dtype is DType.BF16:
                 continue
             schedule, start = interpretable(draw, spec), time.perf_counter()
-            callee = (Moves if op in MOVES else Interpreted)(spec, schedule, Path(folder))
+            callee = (Interpreted if op in ATTENTION else Moves)(spec, schedule, Path(folder))
             outcome = attempt(spec, callee, 0, draw, SMALL, "cpu", None)
             seconds = round(time.perf_counter() - start, 2)
             about = {"spec": spec.name, "schedule": schedule.name, "number": number, "seconds": seconds}
