@@ -43,6 +43,11 @@ SUITES: dict[str, Suite] = {
             "pagedgen.autotune.suites.decode_gpu",
         ),
         Suite(
+            "extend-cpu",
+            "prompts, chunks and a mixed batch on this CPU beside peers: dtypes, a window",
+            "pagedgen.autotune.suites.extend_cpu",
+        ),
+        Suite(
             "extend-gpu",
             "prefill, chunks and mixed batches on this GPU: published rows, formats, masks, tiles",
             "pagedgen.autotune.suites.extend_gpu",

@@ -18,7 +18,7 @@ from pagedgen.autotune.suites.contest import Contender
 from pagedgen.compiler.verify import Inputs, reference, tolerance
 from pagedgen.errors import GateFailure
 from pagedgen.runtime.attention import TORCH_DTYPES
-from pagedgen.values.spec import KernelSpec, KVScale
+from pagedgen.values.spec import KernelSpec, KVScale, Op
 from pagedgen.values.workload import Workload
 
 SLACK = 8.0
@@ -57,16 +57,17 @@ def peers(spec: KernelSpec, workload: Workload) -> list[Contender]:
     found = []
     if package := vllm_package():
         found.append(
-            _contender("vllm cpu attention", f"{package}, block {VLLM_BLOCK}", spec, workload, vllm_call)
+            contender("vllm cpu attention", f"{package}, block {VLLM_BLOCK}", spec, workload, vllm_call)
         )
     detail = f"torch {version('torch')}"
-    found.append(_contender("torch gather + sdpa", detail, spec, workload, torch_call))
+    found.append(contender("torch gather + sdpa", detail, spec, workload, torch_call))
     return found
 
 
-def _contender(
+def contender(
     name: str, detail: str, spec: KernelSpec, workload: Workload, make: Callable[[KernelSpec, Inputs], Call]
 ) -> Contender:
+    """One peer on a workload: ``make`` prepares a call of it on given inputs."""
     rotating = rotation(spec, workload, "cpu")
     inputs = rotating.inputs
     calls: list[Call] = []
@@ -79,7 +80,8 @@ def _contender(
             check(name, spec, inputs[0])
         calls[turn]()
 
-    return Contender(name, Clock(call, rotating.turns, "cpu"), workload.kv_bytes(spec), detail)
+    flops = 0 if spec.op is Op.DECODE else workload.flops(spec)
+    return Contender(name, Clock(call, rotating.turns, "cpu"), workload.kv_bytes(spec), detail, flops)
 
 
 def check(name: str, spec: KernelSpec, inputs: Inputs) -> None:
@@ -166,7 +168,10 @@ def vllm_call(spec: KernelSpec, inputs: Inputs) -> Call:
         ops.cpu_attn_reshape_and_cache(
             k.contiguous(), v.contiguous(), key_cache, value_cache, slots, isa, 1.0, 1.0, cache_dtype
         )
-    starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+    starts = inputs.cu_seqlens_q
+    if starts is None:
+        starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+    window = -1 if spec.window is None else spec.window
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=len(lens),
         num_heads=spec.num_q_heads,
@@ -176,7 +181,7 @@ def vllm_call(spec: KernelSpec, inputs: Inputs) -> Call:
         dtype=q_type,
         query_start_loc=starts,
         causal=True,
-        sliding_window_size=-1,
+        sliding_window_size=window,
         isa=isa,
         enable_kv_split=True,  # its default
         kv_cache_dtype=cache_dtype,
@@ -194,11 +199,11 @@ def vllm_call(spec: KernelSpec, inputs: Inputs) -> Call:
             scale=inputs.softmax_scale,
             causal=True,
             alibi_slopes=None,
-            sliding_window=-1,
+            sliding_window=window,
             block_table=table,
-            softcap=0.0,
+            softcap=spec.logits_soft_cap or 0.0,
             scheduler_metadata=metadata,
-            s_aux=None,
+            s_aux=inputs.sinks,
             k_scale=k_scale,
             v_scale=v_scale,
             kv_cache_dtype=cache_dtype,

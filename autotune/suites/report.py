@@ -211,8 +211,8 @@ class Report:
         lines = []
         for case in self.cases:
             if case.matmul_tflops:
-                lines.append(f"{case.name} ({case.workload}; matmul {case.matmul_tflops:,.0f} TFLOP/s)")
-                lines += [_flops_line(row) for row in case.rows]
+                lines.append(f"{case.name} ({case.workload}; matmul {_flops(case.matmul_tflops)})")
+                lines += [_flops_line(row, row is case.rows[0]) for row in case.rows]
                 continue
             roof = f"; reading {statistics.median(case.read_gbs):,.1f} GB/s" if case.read_gbs else ""
             lines.append(f"{case.name} ({case.workload}{roof})")
@@ -229,8 +229,13 @@ class Report:
         return [*lines, *self.notes]
 
 
-def _flops_line(row: Summary) -> str:
+def _flops(tflops: float) -> str:
+    return f"{tflops:,.1f} TFLOP/s" if tflops >= 10 else f"{tflops * 1e3:,.1f} GFLOP/s"
+
+
+def _flops_line(row: Summary, is_first: bool) -> str:
     if row.failure:
         return f"  {row.contender:24} {row.failure}"
-    rate = f"{row.tflops:8,.1f} TFLOP/s {row.matmul_share:5.0%}"
-    return f"  {row.contender:24} {row.median_us:12,.1f} us {rate}  {row.detail}"
+    rate = f"{_flops(row.tflops):>16} {row.matmul_share:5.0%}"
+    ratio = f"  {row.speed_ratio:6.2f}x" if row.speed_ratio and not is_first else ""
+    return f"  {row.contender:24} {row.median_us:12,.1f} us {rate}{ratio}  {row.detail}"

@@ -38,7 +38,7 @@ def run(folder: Path, pack: Path | None) -> list[dict[str, float]]:
     environment = {**os.environ, "PAGEDGEN_TEST_TIMES": "1"}
     environment.pop("PAGEDGEN_PACK", None)
     if pack is not None:
-        environment |= {"PAGEDGEN_PACK": str(pack), "PAGEDGEN_TEST_REFERENCE": "1"}
+        environment["PAGEDGEN_PACK"] = str(pack)
     command = [sys.executable, __file__, str(folder), "--inside"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -9,15 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from pagedgen.autotune.suites import SUITES, invariant_gpu, move_gpu, run_suite, verify_gpu
+from pagedgen.autotune.suites import (
+    SUITES,
+    extend_cpu,
+    invariant_gpu,
+    move_gpu,
+    peers_cpu,
+    peers_extend_cpu,
+    run_suite,
+    verify_gpu,
+)
 from pagedgen.autotune.suites.contest import Contender, contest, pick
 from pagedgen.autotune.suites.decode_gpu import GRID_WORKLOAD, grid, rows
 from pagedgen.autotune.suites.report import Case, Report, Row
 from pagedgen.compiler.space import default_schedule
+from pagedgen.compiler.verify import make_inputs
 from pagedgen.compiler.verify_write import turn
-from pagedgen.errors import CompileError, DeviceMissing, UnknownName
+from pagedgen.errors import CompileError, DeviceMissing, GateFailure, UnknownName
 from pagedgen.runtime.kv_cache import store
-from pagedgen.values.spec import DType, KernelSpec, Op, Rope
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
 
@@ -218,7 +228,8 @@ def test_moves_are_timed_at_the_same_work_as_torchs_operators(number) -> None:
 
 def test_unknown_suites_and_absent_devices_are_named(monkeypatch) -> None:
     with pytest.raises(
-        UnknownName, match="decode-cpu, decode-gpu, extend-gpu, verify-gpu, invariant-gpu, move-gpu"
+        UnknownName,
+        match="decode-cpu, decode-gpu, extend-cpu, extend-gpu, verify-gpu, invariant-gpu, move-gpu",
     ):
         run_suite("nope", None, print)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -246,3 +257,37 @@ def test_load_for_real(tmp_path, monkeypatch) -> None:
     assert set(named) == {"load and first call", "load", "first call", "call", "pagedgen --help"}
     assert all(time > 0 for time in named.values())
     assert named["load"] + named["first call"] == pytest.approx(named["load and first call"])
+
+
+def test_extend_on_a_cpu_is_timed_in_every_type_and_batch() -> None:
+    found = list(extend_cpu.jobs())
+    assert all(spec.op is Op.EXTEND for _, spec, _ in found)
+    assert {spec.kv_dtype for _, spec, w in found if w == extend_cpu.PROMPT} == set(DType) - {DType.FP8_E5M2}
+    assert {w for _, spec, w in found if spec.kv_dtype is DType.F32} >= {
+        extend_cpu.PROMPT, extend_cpu.CHUNKS, extend_cpu.MIXED,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kv", [DType.F32, DType.FP8_E4M3])
+def test_what_peers_of_extend_compute_is_checked(kv: DType) -> None:
+    """SDPA on chunks, whole prompts and one query; an output that is wrong is refused."""
+    scale = KVScale.TENSOR if kv.is_fp8 else KVScale.NONE
+    spec = KernelSpec(Op.EXTEND, 32, 4, 2, 16, DType.F32, kv, scale)
+    inputs = make_inputs(spec, (70, 33, 50), query_lens=(70, 1, 20), poison=False)
+    peers_extend_cpu.sdpa_call(spec, inputs)()
+    peers_cpu.check("sdpa", spec, inputs)
+    inputs.out[5] += 0.1
+    with pytest.raises(GateFailure, match=r"sdpa: .* times the error that is allowed"):
+        peers_cpu.check("sdpa", spec, inputs)
+    with pytest.raises(NotImplementedError, match="ragged"):
+        peers_extend_cpu.flex_call(spec, inputs)
+
+
+def test_rates_of_a_cpu_read_in_gflops_and_peers_as_ratios() -> None:
+    rows = (Row("pagedgen", (1e5,), 100, flops=15 * 10**9), Row("peer", (2e5,), 100, flops=15 * 10**9))
+    case = Case("case", SPEC, WORKLOAD, rows, (), 0.2)
+    head, first, second = Report.of("made-up", target("cpu"), [case]).lines()
+    assert (
+        "matmul 200.0 GFLOP/s" in head and "150.0 GFLOP/s   75%" in first and "x" not in first.split("%")[1]
+    )
+    assert "75.0 GFLOP/s   37%    2.00x" in second

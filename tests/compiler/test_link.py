@@ -189,6 +189,14 @@ def test_equal_shares_take_two_slots_each_whatever_the_batch(tmp_path, make_spec
         assert library.workspace_bytes(num_seqs) == expected
 
 
+def test_walking_takes_the_slots_of_the_pieces_it_finds(tmp_path, make_spec, gpu_binary):
+    spec, sizes = make_spec(64, (8, 2), 16, "f16"), []
+    for split in ("walk", "pieces"):
+        library = Library(link([gpu_binary(spec, waves=2, split=split)], (), tmp_path / f"{split}.so"))
+        sizes.append(library.workspace_bytes(7))
+    assert sizes[0] == sizes[1]
+
+
 def test_fixed_splits_take_a_slot_for_every_part_of_every_sequence(tmp_path, make_spec, gpu_binary):
     spec = make_spec(64, (8, 2), 16, "f16", batch_invariant=True)
     library = Library(link([gpu_binary(spec, max_parts=parts) for parts in (16, 64)], (), tmp_path / "f.so"))

@@ -21,11 +21,15 @@ from pagedgen.compiler.verify import POOLS, Case, Inputs
 from pagedgen.errors import InvalidValue, Unsupported
 from pagedgen.templates.family import Family
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import MOVES, DType, KernelSpec, Op
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 
-ATTENTION = tuple(op for op in Op if op not in (*MOVES, Op.MERGE))
-POOLLESS = (Op.MERGE, Op.KV_SCALES)
+ATTENTION = (Op.DECODE, Op.EXTEND, Op.VERIFY)
+# What an operator leaves no choice of; drawing it until it is right would take long.
+FIXED: dict[Op, dict[str, Any]] = {
+    Op.MERGE: {"block_size": 1, "kv_scale": KVScale.NONE, "k_inner": KInner.DIM},
+    Op.KV_SCALES: {"block_size": 1, "kv_dtype": DType.FP8_E4M3, "k_inner": KInner.DIM},
+}
 BLOCKS = (1, 2, 3, 5, 8, 16, 16, 16, 32, 48, 64, 100, 128, 256, 528, 544, 784, 1024)
 DIMS = (32, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 128, 160, 192, 256)
 GROUPS = (1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 12, 16, 32, 71)
@@ -99,13 +103,9 @@ def spec_of(draw: Random, op: Op, target: Target, sizes: Sizes) -> KernelSpec:
         kv = q if draw.random() < 0.6 else draw.choice((DType.FP8_E4M3, DType.FP8_E5M2))
         if op is Op.MERGE:
             q_heads, kv = heads, q
-        elif op is Op.KV_SCALES:
-            kv = draw.choice((DType.FP8_E4M3, DType.FP8_E5M2))
         values: dict[str, Any] = {
             "op": op, "num_q_heads": q_heads, "num_kv_heads": heads, "q_dtype": q, "kv_dtype": kv,
-        }  # fmt: skip
-        if op in POOLLESS:
-            values["block_size"] = 1
+        } | FIXED.get(op, {})  # fmt: skip
         for each in fields(KernelSpec):
             kind = hints[each.name]
             choices = [True] if kind is bool else list(kind) if isinstance(kind, EnumType) else None

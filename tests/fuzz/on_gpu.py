@@ -33,18 +33,24 @@ from pagedgen.compiler.render import render
 from pagedgen.errors import CompileError
 from pagedgen.runtime.library import Library
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import KernelSpec
+from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import gpu_target
 
 SCHEDULES = 8  # tried in place of one that needs more shared memory than there is
 
 
-def made(seed: int, number: int, to: Target, folder: Path) -> tuple[KernelSpec, Schedule, Path, int]:
+def made(
+    seed: int, number: int, to: Target, folder: Path, having: str, without: str
+) -> tuple[KernelSpec, Schedule, Path, int]:
     """Draw, compile and link: spec, schedule, library, and how many schedules did not compile."""
     draw = Random(f"{seed} {number}")
     ops = [*ops_for(to), *ATTENTION]  # attention twice as often
+    if having:
+        ops = [op for op in ATTENTION if _reaches(op, having, to)]
     spec = spec_of(draw, ops[number % len(ops)], to, LARGE)
+    while (having and not getattr(spec, having)) or (without and getattr(spec, without)):
+        spec = spec_of(draw, spec.op, to, LARGE)
     for refused in range(SCHEDULES):
         schedule = schedule_of(draw, spec, to)
         try:
@@ -54,6 +60,11 @@ def made(seed: int, number: int, to: Target, folder: Path) -> tuple[KernelSpec, 
             continue
         return spec, schedule, link([binary], (), folder / f"{number}.so"), refused
     raise problem
+
+
+def _reaches(op: Op, field: str, to: Target) -> bool:
+    """Whether some draw of an operator's specs has a feature."""
+    return any(getattr(spec_of(Random(i), op, to, LARGE), field) for i in range(60))
 
 
 def captured(call: Callable[[], None]) -> Callable[[], None]:
@@ -89,6 +100,8 @@ def main() -> int:
     parser.add_argument("--specs", type=int, default=400)
     parser.add_argument("--inputs", type=int, default=5, help="batches a spec")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--having", default="", help="only specs with this feature: a field of KernelSpec")
+    parser.add_argument("--without", default="", help="no specs with this feature")
     parser.add_argument("--only", type=int, help="one draw, by its number")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no more specs after so long")
@@ -103,7 +116,8 @@ def main() -> int:
         ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool,
     ):
         todo: dict[Future[Any], int] = {
-            pool.submit(made, options.seed, number, to, Path(name)): number for number in numbers
+            pool.submit(made, options.seed, number, to, Path(name), options.having, options.without): number
+            for number in numbers
         }
         while todo and not broken and time.monotonic() - start < options.seconds:
             for future in wait(todo, timeout=5, return_when=FIRST_COMPLETED).done:
@@ -134,6 +148,7 @@ def main() -> int:
         counts[draw["op"]] += draw["inputs"]
     summary = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": options.seed,
+        "having": options.having, "without": options.without,
         "seconds": round(time.monotonic() - start, 1), "specs": len({draw["number"] for draw in draws}),
         "distinct_specs": len({draw["spec"] for draw in draws}),
         "batches": sum(counts.values()), "batches_by_op": dict(counts), "wrong": len(wrong),

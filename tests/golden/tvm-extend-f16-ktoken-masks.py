@@ -1,10 +1,10 @@
-# extend_62f62b2a_dadd2afe: paged attention of query tiles on a CPU, each of one sequence and one KV head
+# extend_62f62b2a_97375a53: paged attention of query tiles on a CPU, each of one sequence and one KV head
 # spec      extend-h128-q32-kv8-b16-f16-ktoken-lse-window128-sinks
-# schedule  blocks4-dotf32-k_rows4-tile64-v_rows4-vectors3
+# schedule  blocks8-dotf32-k_rows4-tile64-v_rows4-vectors3
 # target    x86_64-avx2; pagedgen 0.1.0
 #
 # row       a query token and one of the 4 query heads of the KV head: token * 4 + head, from the sequence's first
-# block     24 rows, next to each other in 3 vectors; a query tile has 4 of them at most
+# block     24 rows, next to each other in 3 vectors; a query tile has 8 of them at most
 # tile      64 tokens of K and V, which are converted and laid out once for all blocks of a query tile
 # panel     4 tokens of K, 4 dims of V: what one register block reads next to each other
 #
@@ -25,10 +25,10 @@ class Extend:
         lse: T.handle("float32"),
         sinks: T.handle("float32"),
         block_table: T.handle("int32"),  # of the sequence
-        q_packed: T.handle("float32"),  # scratch: Q^T of every block, [4, 128, 24]
+        q_packed: T.handle("float32"),  # scratch: Q^T of every block, [8, 128, 24]
         k_packed: T.handle("float32"),  # scratch: a tile of K, [16, 128, 4]
         v_packed: T.handle("float32"),  # scratch: a tile of V, [32, 64, 4]
-        sums_of_v: T.handle("float32"),  # scratch: sums of p * V of every block, [4, 128, 24]
+        sums_of_v: T.handle("float32"),  # scratch: sums of p * V of every block, [8, 128, 24]
         first_row: T.int32,
         num_rows: T.int32,  # at least 1
         first_position: T.int32,  # of the sequence's first query
@@ -46,21 +46,21 @@ class Extend:
         scale: T.float32,  # of scores, to base 2
         v_scale: T.float32,
     ):
-        T.func_attr({"global_symbol": "extend_62f62b2a_dadd2afe_query_tile", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "extend_62f62b2a_97375a53_query_tile", "calling_conv": 3, "tirx.noalias": True})
         Q = T.decl_buffer((1,), "float16", data=q)
         K = T.decl_buffer((1,), "float16", data=k)
         V = T.decl_buffer((1,), "float16", data=v)
         OUT = T.decl_buffer((1,), "float16", data=out)
         TABLE = T.decl_buffer((1,), "int32", data=block_table)
-        QS = T.decl_buffer((12288,), "float32", data=q_packed)
+        QS = T.decl_buffer((24576,), "float32", data=q_packed)
         KS = T.decl_buffer((8192,), "float32", data=k_packed)
         VS = T.decl_buffer((8192,), "float32", data=v_packed)
-        O = T.decl_buffer((12288,), "float32", data=sums_of_v)
+        O = T.decl_buffer((24576,), "float32", data=sums_of_v)
         LSE = T.decl_buffer((1,), "float32", data=lse)
         SINKS = T.decl_buffer((1,), "float32", data=sinks)
-        at = T.alloc_local((96,), "int32")  # [96] positions of the rows
-        top = T.alloc_local((96,), "float32")  # [96] maximal scores
-        sums = T.alloc_local((96,), "float32")  # [96] sums of p
+        at = T.alloc_local((192,), "int32")  # [192] positions of the rows
+        top = T.alloc_local((192,), "float32")  # [192] maximal scores
+        sums = T.alloc_local((192,), "float32")  # [192] sums of p
         alpha = T.alloc_local((24,), "float32")  # [24] what a block's sums so far are scaled by
         s = T.alloc_local((1536,), "float32")  # [64, 24] scores of a block, then p
         v_row = T.alloc_local((64,), "int64")  # [64] offsets of the tokens of a tile
@@ -106,10 +106,10 @@ class Extend:
                                 T.cast(K[source + d * k_stride_dim + i], "float32"),
                                 T.float32(0),
                             )
-            for n in T.serial((to_token - from_token) // 1):
+            for n in T.serial(to_token - from_token):
                 for c in T.serial(32):
                     for i in T.vectorized(4):
-                        VS[((c * 4) // 4 * 64 + from_token // 1 + n) * 4 + c * 4 % 4 + i] = T.cast(V[v_row[from_token + n] + c * 4 + i], "float32")
+                        VS[((c * 4) // 4 * 64 + from_token + n) * 4 + c * 4 % 4 + i] = T.cast(V[v_row[from_token + n] + c * 4 + i], "float32")
 
             for block in T.serial(num_blocks):
                 position = at[block * 24]
@@ -118,7 +118,6 @@ class Extend:
                 end = (T.min(last_position + 1 - tile * 64, 64) + 7) // 8 * 8
                 if begin < end:
                     if num_rows - block * 24 > 8:
-                        
                         # s = K @ Q^T
                         for nb in T.serial((end - begin) // 4):
                             n0 = begin + nb * 4
@@ -211,7 +210,6 @@ class Extend:
                                     for i in T.vectorized(8):
                                         O[(block * 128 + db * 4 + r) * 24 + j * 8 + i] = acc[(r * 3 + j) * 8 + i]
                     else:  # few rows: one vector of them, more panels at once
-                        
                         # s = K @ Q^T
                         for nb in T.serial((end - begin) // 8):
                             n0 = begin + nb * 8

@@ -13,12 +13,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation: what lies beside it is seen
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from fuzz.draw import ATTENTION, family_of, ops_for
+from fuzz.draw import ATTENTION, FIXED, family_of, ops_for
 
 from pagedgen.compiler.compile import compile_source
 from pagedgen.compiler.families import family_for
@@ -48,16 +49,18 @@ def specs(op: Op, to: Target) -> tuple[KernelSpec, ...]:
         masks = {name: value for name, value in masks.items() if name not in ("window", "attention_chunk")}
     heads = (6, 2) if op in ATTENTION else (2, 2)
     lse = op in ATTENTION
-    wanted = (
-        (64, *heads, 16, F16, F16, KVScale.NONE, {}),
-        (80, *heads, 8, BF16, E4M3, KVScale.HEAD, {"return_lse": lse} | masks),
-        (128, *heads, 1, F16, E5M2, KVScale.TENSOR, {"return_lse": lse}),
-        (64, *heads, 544, BF16, BF16, KVScale.NONE, {}),
+    wanted: tuple[tuple[int, int, DType, DType, KVScale, dict[str, Any]], ...] = (
+        (64, 16, F16, F16, KVScale.NONE, {}),
+        (80, 8, BF16, E4M3, KVScale.HEAD, {"return_lse": lse} | masks),
+        (128, 1, F16, E5M2, KVScale.TENSOR, {"return_lse": lse}),
+        (64, 544, BF16, BF16, KVScale.NONE, {}),
     )
     found = []
-    for *fields, more in wanted:
+    for dim, block, q, kv, scale, more in wanted:
+        fields = {"head_dim": dim, "block_size": block, "q_dtype": q, "kv_dtype": kv, "kv_scale": scale}
+        fields |= {"num_q_heads": heads[0], "num_kv_heads": heads[1]}
         try:
-            spec = KernelSpec(op, *fields, **more)  # type: ignore[arg-type, misc]
+            spec = KernelSpec(op, **(fields | more | FIXED.get(op, {})))
             family_for(spec, to)
         except (InvalidValue, Unsupported):
             continue

@@ -1,7 +1,6 @@
 """For vLLM's ``worker_extension_cls``: what the end-to-end test changes in a worker, before it loads a model.
 
-``PAGEDGEN_TEST_REFERENCE=1``: operators that the pack has no kernels for are computed by torch; without it
-the worker is as users have it. ``PAGEDGEN_TEST_TIMES=1``: the time that attention takes is added up.
+Calls of the pack's kernels are counted. ``PAGEDGEN_TEST_TIMES=1``: the time that attention takes is added up.
 """
 
 from __future__ import annotations
@@ -11,33 +10,26 @@ import time
 from collections import defaultdict
 from functools import wraps
 
-from reference_attention import ReferenceAttention
-
 from pagedgen.integrations import serving_pack
-from pagedgen.values.spec import KernelSpec
+from pagedgen.runtime.attention import Attention
 
 TIMES: dict[str, float] = defaultdict(float)
+CALLS = {op.value: 0 for op in serving_pack.OPERATORS}
 
 
-class PackWithReference(serving_pack.ServingPack):
-    """A pack that has everything, some of it as plain torch."""
+def _counted(name):
+    function = getattr(Attention, name)
 
-    @property
-    def attention(self) -> ReferenceAttention:
-        """One for all layers."""
-        return ATTENTION
+    @wraps(function)
+    def call(*args, **options):
+        CALLS[name] += 1
+        return function(*args, **options)
 
-    def kernels(self, layer: serving_pack.Layer, block_size: int) -> serving_pack.LayerKernels:
-        """The specs, whether there are kernels or not."""
-        specs: list[KernelSpec] = [layer.spec(op, block_size, self.k_inner) for op in serving_pack.OPERATORS]
-        return serving_pack.LayerKernels(*specs)
+    return call
 
-    def check(self, layer: serving_pack.Layer) -> None:
-        """Everything is served."""
 
-    def block_sizes(self, **shape: int | None) -> tuple[int, ...]:
-        """Those of the pack's kernels."""
-        return tuple(sorted({spec.block_size for spec in self.specs}))
+for operator in CALLS:
+    setattr(Attention, operator, _counted(operator))
 
 
 def _timed(function, name):
@@ -52,12 +44,6 @@ def _timed(function, name):
 
     return call
 
-
-if os.environ.get("PAGEDGEN_TEST_REFERENCE"):
-    whole = serving_pack.chosen_pack()
-    ATTENTION = ReferenceAttention(whole.attention)
-    substitute = PackWithReference(whole.pack)
-    serving_pack.chosen_pack = lambda: substitute
 
 if os.environ.get("PAGEDGEN_TEST_TIMES"):
     from vllm.v1.attention.backends import cpu_attn
@@ -79,8 +65,8 @@ class Extension:
     """Mixed into vLLM's worker; methods are called by ``collective_rpc``."""
 
     def attention_calls(self) -> dict[str, int]:
-        """Calls of kernels and of the reference so far; none where the pack serves everything itself."""
-        return dict(ATTENTION.calls) if os.environ.get("PAGEDGEN_TEST_REFERENCE") else {}
+        """Calls of the pack's kernels so far, by operator."""
+        return dict(CALLS)
 
     def attention_times(self) -> dict[str, float]:
         """Seconds since the last call, by what took them."""

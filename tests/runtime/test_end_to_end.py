@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 import pagedgen
+from pagedgen.compiler.build import Choice, build
 from pagedgen.errors import OutOfBlocks
 from pagedgen.runtime import torch_attention
 from pagedgen.runtime.block_manager import BlockManager
 from pagedgen.runtime.kv_cache import KVCache, KVShape
 from pagedgen.runtime.kv_layout import KVLayout
 from pagedgen.runtime.preemption import PreemptionRule, Remedy
-from pagedgen.values.spec import DType, KernelSpec
+from pagedgen.values.spec import DType, KernelSpec, Op
 
 transformers = pytest.importorskip("transformers")
 VOCABULARY, NEW = 97, 24
@@ -49,7 +51,8 @@ class Engine:
             DType.F32,
             layout=layout,
         )
-        self.cache = KVCache(shape, num_blocks, num_host_blocks=host)
+        self.cache = KVCache(shape, num_blocks, num_host_blocks=host, attention=attention)
+        self.operators = set() if attention is None else {spec.op for spec in attention.specs}
         self.computed_tokens = 0
 
     def forward(self, work: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor]:
@@ -62,6 +65,8 @@ class Engine:
         rows = [manager.seqs.row(seq) for seq, _ in work]
         table = torch.from_numpy(manager.groups[0].table[rows])
         everything = torch.from_numpy(np.concatenate(slots))
+        seq_lens = torch.tensor(lens, dtype=torch.int32)
+        ends = torch.tensor([0, *accumulate(news)], dtype=torch.int32)
         cache = self.cache
 
         def attend(
@@ -70,11 +75,12 @@ class Engine:
         ) -> tuple[torch.Tensor, None]:  # fmt: skip
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             cache.write_kv(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), everything)
+            q, pools = query[0].transpose(0, 1).contiguous(), (cache.k[layer], cache.v[layer])
             if self.attention is not None and max(news) == 1:
-                q, seq_lens = query[0].transpose(0, 1).contiguous(), torch.tensor(lens, dtype=torch.int32)
-                out = self.attention.decode(
-                    q, cache.k[layer], cache.v[layer], table, seq_lens, softmax_scale=scaling
-                )
+                out = self.attention.decode(q, *pools, table, seq_lens, softmax_scale=scaling)
+                return out[None], None
+            if self.attention is not None and Op.EXTEND in self.operators:
+                out = self.attention.extend(q, *pools, table, seq_lens, ends, softmax_scale=scaling)
                 return out[None], None
             out = torch_attention.extend(
                 query[0].transpose(0, 1),
@@ -339,12 +345,18 @@ def test_a_mixed_batch(model: torch.nn.Module, engine: Callable[..., Engine]) ->
     assert int(two[-1].argmax()) == generate(model, second)[0][0]
 
 
-def test_decode_with_a_packs_kernel(cpu_pack: Path, make_spec: Callable[..., KernelSpec]) -> None:
+@pytest.fixture(scope="module")
+def wide_model() -> torch.nn.Module:
+    return llama(num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+
+
+def test_decode_with_a_packs_kernel(
+    cpu_pack: Path, make_spec: Callable[..., KernelSpec], wide_model: torch.nn.Module
+) -> None:
     """Prefill in torch, decode by the CPU kernel of a pack, sequences of different lengths at once."""
-    model = llama(num_attention_heads=8, num_key_value_heads=2, head_dim=64)
     attention = pagedgen.load(cpu_pack)
     assert make_spec(64, (8, 2), 16, "f32") in attention.specs
-    serving = Engine(model, 40, KVLayout.NHD, 16, attention)
+    serving = Engine(wide_model, 40, KVLayout.NHD, 16, attention)
     many = prompts(3, 14)
     admitted = [serving.admit(prompt) for prompt in many]
     rows = [[int(logits.argmax())] for _, logits in admitted]
@@ -352,4 +364,55 @@ def test_decode_with_a_packs_kernel(cpu_pack: Path, make_spec: Callable[..., Ker
         logits = serving.decode([seq for seq, _ in admitted], [row[-1] for row in rows])
         for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
             row.append(token)
-    assert rows == [generate(model, prompt)[0] for prompt in many]
+    assert rows == [generate(wide_model, prompt)[0] for prompt in many]
+
+
+@pytest.fixture(scope="module")
+def packs(
+    cpu_choice: Callable[..., Choice],
+    make_spec: Callable[..., KernelSpec],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[KVLayout, pagedgen.Attention]:
+    """Packs with every operator that serving takes, for K along tokens and along head_dim."""
+    found = {}
+    for layout in (KVLayout.KTOKEN, KVLayout.PACKED):
+        specs = [
+            make_spec(64, (2 if op is Op.WRITE_KV else 8, 2), 16, "f32", k_inner=layout.k_inner, op=op)
+            for op in (Op.DECODE, Op.EXTEND, Op.WRITE_KV)
+        ]
+        place = tmp_path_factory.mktemp("packs") / f"{layout}.pack"
+        found[layout] = pagedgen.load(build([cpu_choice(spec) for spec in specs], place))
+    return found
+
+
+@pytest.mark.parametrize("layout", [KVLayout.KTOKEN, KVLayout.PACKED])
+def test_every_step_by_a_packs_kernels(
+    packs: dict[KVLayout, pagedgen.Attention],
+    layout: KVLayout,
+    wide_model: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chunked prompts, a prompt beside a decode, samples that copy shared blocks: never torch's attention."""
+    monkeypatch.setattr(torch_attention, "extend", None)
+    monkeypatch.setattr("pagedgen.runtime.kv_cache.store", None)
+    serving = Engine(wide_model, 60, layout, 16, packs[layout])
+    first, second = prompts(2, 37)
+    want = [generate(wide_model, prompt)[0] for prompt in (first, second)]
+    assert len(set(want[0])) > 5
+    for chunk in (None, 1, 11, 16):
+        serving.manager.clear_cache()
+        assert serving.greedy(first, chunk) == want[0]
+    serving.manager.clear_cache()
+    a, logits = serving.admit(first)
+    token = int(logits.argmax())
+    b = serving.manager.allocate(second)
+    serving.manager.append_step([a], [token])
+    one, two = serving.forward([(a, [token]), (b.seq, second[b.num_cached :])])
+    assert (int(one[-1].argmax()), int(two[-1].argmax())) == (want[0][1], want[1][0])
+
+    samples = [b.seq, *serving.manager.fork(b.seq, 2)]
+    last = [want[1][0]] * 3
+    for step in range(1, NEW):
+        last = serving.decode(samples, last).argmax(-1).tolist()
+        assert last == [want[1][step]] * 3
+    assert serving.manager.stats().counters.copied_blocks == 2

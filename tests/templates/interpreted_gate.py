@@ -54,8 +54,8 @@ class Interpreted:
         *extras,
     ):
         spec = self.spec
-        grid = PARTITIONS + q.shape[0] if self.split == "pieces" else PARTITIONS
-        slots = {"pieces": grid, "even": 2 * PARTITIONS, "fixed": self.max_parts * q.shape[0]}[self.split]
+        grid = PARTITIONS + q.shape[0] if self.split in ("pieces", "walk") else PARTITIONS
+        slots = {"even": 2 * PARTITIONS, "fixed": self.max_parts * q.shape[0]}.get(self.split, grid)
         rows = min(block_h(spec), spec.group_size)
         partial = torch.full((self.programs, slots, rows, spec.v_dim), float("nan"))
         partial_lse = torch.full((self.programs, slots, rows), float("nan"))

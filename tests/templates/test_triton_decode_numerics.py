@@ -47,6 +47,8 @@ CASES = {
         },
         {"fp8_decode": "plain", "sums": "dot"},
     ),
+    "walk": ({"heads": (4, 1), "head_dim": 64, "lse": True}, {"split": "walk", "tile": 32}),
+    "walk-window": ({"heads": (2, 1), "head_dim": 32, "window": 90}, {"split": "walk", "tile": 16}),
     "rows-for-wgmma": ({"heads": (20, 1), "head_dim": 64}, {"rows": 64, "sums": "dot"}),
     "alibi-cap-h96-of-v40": (
         {

@@ -146,7 +146,7 @@ def test_batch_invariant_schedules_split_by_length_alone(make_spec, h100):
     spec = make_spec(batch_invariant=True)
     found = feasible(spec, h100)
     assert {s["split"] for s in found} == {"fixed"}
-    assert {s["split"] for s in feasible(make_spec(), h100)} == {"pieces", "even"}
+    assert {s["split"] for s in feasible(make_spec(), h100)} == {"pieces", "even", "walk"}
     one = default_schedule(spec, h100)
     batches = [Workload.uniform(1, 8192), Workload.uniform(32, 8192)]
     free = default_schedule(make_spec(), h100)

@@ -96,13 +96,33 @@ def test_lower_levels_are_right_too(arch, dtypes, build, make_spec):
 
 @pytest.mark.parametrize("arch", LEVELS)
 def test_cross_compiles_for_every_level(arch, make_spec):
-    """Object files of the right machine, wherever they are compiled; bf16 products where there are any."""
+    """Object files of the right machine, wherever they are compiled."""
     spec = make_spec(64, (8, 2), 16, "bf16", "fp8_e4m3", op="extend")
-    source = render(spec, cpu(arch), default_schedule(spec, cpu(arch)))
-    assert ("dpbf16ps" in source.text) == (arch == "x86_64-avx512bf16")
-    code = compile_source(source).file("kernel.o")
+    code = compile_source(render(spec, cpu(arch), default_schedule(spec, cpu(arch)))).file("kernel.o")
     assert {"x86_64": 62, "aarch64": 183}[arch.split("-")[0]] == int.from_bytes(code[18:20], "little")
     assert b"_query_tile" in code
+
+
+def pairs(spec: KernelSpec) -> Schedule:
+    """The default with products of bf16 pairs."""
+    schedule = default_schedule(spec, cpu("x86_64-avx512bf16"))
+    return Schedule.of(schedule.template, **{**dict(schedule.choices), "dot": "bf16"})
+
+
+@pytest.mark.parametrize("block_size", [5, 24])
+def test_cross_compiles_pairs_of_any_block(block_size, make_spec):
+    """bf16 pairs of K along tokens are shuffled as many tokens at a time as lie next to each other."""
+    spec = make_spec(32, (4, 2), block_size, "bf16", k_inner="token", op="extend")
+    source = render(spec, cpu("x86_64-avx512bf16"), pairs(spec))
+    assert "dpbf16ps" in source.text and compile_source(source).file("kernel.o")
+
+
+@pytest.mark.skipif("x86_64-avx512bf16" not in RUNS_HERE, reason="this processor has no AVX-512 BF16")
+@pytest.mark.parametrize("settings", [{"k_inner": "token"}, {"kv": "fp8_e4m3", "block_size": 5}])
+def test_pairs_are_right(settings, build, make_spec):
+    spec = make_spec(**{**SMALL, "q": "bf16", **settings}, op="extend")
+    verdict = gate(build(spec, pairs(spec)), spec, 0, "cpu", seed=6)
+    assert verdict.passed, verdict.reason
 
 
 @needs_cpu
@@ -177,6 +197,10 @@ def test_what_only_a_cpu_checks(build, make_spec):
     inputs.seq_lens[1], inputs.block_table[1] = 48, 99  # not read where there is no query
     run_case(spec, library, 0, inputs, workspace)
     assert judge(spec, inputs)[2] == ""
+    inputs = make_inputs(spec, (20, 40), query_lens=(20, 10))
+    inputs.cu_seqlens_q[0] = 8  # rows before it are another call's: the first sequence has 12 queries
+    run_case(spec, library, 0, inputs, workspace)
+    assert judge(spec, inputs)[2] == ""
 
 
 @needs_cpu
@@ -217,26 +241,16 @@ def test_space_cost_and_refusal(make_spec):
         FAMILY.check(spec, Target("old", "cpu", "x86_64-sse2", 2))
 
 
-GOLDENS = {
-    "tvm-extend-llama-3-8b-bf16": {"q": "bf16"},
-    "tvm-extend-f16-ktoken-masks": {
-        "q": "f16",
-        "k_inner": "token",
-        "window": 128,
-        "sinks": True,
-        "lse": True,
-    },
-}
-LEVEL_OF = {"tvm-extend-llama-3-8b-bf16": "x86_64-avx512bf16", "tvm-extend-f16-ktoken-masks": "x86_64-avx2"}
-
-
-@pytest.mark.parametrize("name", GOLDENS)
-def test_rendered_source_is_pinned(name, make_spec):
+def test_rendered_source_is_pinned(make_spec):
     """Regenerate with PAGEDGEN_UPDATE_GOLDEN=1 and read the difference before committing it."""
-    target = cpu(LEVEL_OF[name])
-    spec = make_spec(**GOLDENS[name], op="extend")
-    text = render(spec, target, default_schedule(spec, target)).text
-    path = GOLDEN / f"{name}.py"
-    if os.environ.get("PAGEDGEN_UPDATE_GOLDEN"):
-        path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
+    masks = {"q": "f16", "k_inner": "token", "window": 128, "sinks": True, "lse": True}
+    plain, masked = make_spec(q="bf16", op="extend"), make_spec(**masks, op="extend")
+    lower = cpu("x86_64-avx2")
+    for name, source in (
+        ("tvm-extend-llama-3-8b-bf16-pairs", render(plain, cpu("x86_64-avx512bf16"), pairs(plain))),
+        ("tvm-extend-f16-ktoken-masks", render(masked, lower, default_schedule(masked, lower))),
+    ):
+        path = GOLDEN / f"{name}.py"
+        if os.environ.get("PAGEDGEN_UPDATE_GOLDEN"):
+            path.write_text(source.text, encoding="utf-8")
+        assert source.text == path.read_text(encoding="utf-8")

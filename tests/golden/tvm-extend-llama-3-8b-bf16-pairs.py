@@ -1,10 +1,10 @@
-# extend_7daf9e64_0ad47905: paged attention of query tiles on a CPU, each of one sequence and one KV head
+# extend_7daf9e64_0455a6d6: paged attention of query tiles on a CPU, each of one sequence and one KV head
 # spec      extend-h128-q32-kv8-b16-bf16
-# schedule  blocks4-dotbf16-k_rows8-tile64-v_rows8-vectors3
+# schedule  blocks8-dotbf16-k_rows8-tile64-v_rows8-vectors3
 # target    x86_64-avx512bf16; pagedgen 0.1.0
 #
 # row       a query token and one of the 4 query heads of the KV head: token * 4 + head, from the sequence's first
-# block     48 rows, next to each other in 3 vectors; a query tile has 4 of them at most
+# block     48 rows, next to each other in 3 vectors; a query tile has 8 of them at most
 # tile      64 tokens of K and V, which are converted and laid out once for all blocks of a query tile
 # panel     8 tokens of K, 8 dims of V: what one register block reads next to each other
 #
@@ -57,10 +57,10 @@ class Extend:
         lse: T.handle("float32"),  # none
         sinks: T.handle("float32"),  # none
         block_table: T.handle("int32"),  # of the sequence
-        q_packed: T.handle("int32"),  # scratch: Q^T of every block, [4, 64, 48]
+        q_packed: T.handle("int32"),  # scratch: Q^T of every block, [8, 64, 48]
         k_packed: T.handle("int32"),  # scratch: a tile of K, [64, 64]
         v_packed: T.handle("int32"),  # scratch: a tile of V, [16, 32, 8]
-        sums_of_v: T.handle("float32"),  # scratch: sums of p * V of every block, [4, 128, 48]
+        sums_of_v: T.handle("float32"),  # scratch: sums of p * V of every block, [8, 128, 48]
         first_row: T.int32,
         num_rows: T.int32,  # at least 1
         first_position: T.int32,  # of the sequence's first query
@@ -78,20 +78,20 @@ class Extend:
         scale: T.float32,  # of scores, to base 2
         v_scale: T.float32,
     ):
-        T.func_attr({"global_symbol": "extend_7daf9e64_0ad47905_query_tile", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "extend_7daf9e64_0455a6d6_query_tile", "calling_conv": 3, "tirx.noalias": True})
         T.attr(T.int32(0), "pragma_import_llvm", LLVM)
         Q = T.decl_buffer((1,), "uint16", data=q)
         K = T.decl_buffer((1,), "uint16", data=k)
         V = T.decl_buffer((1,), "uint16", data=v)
         OUT = T.decl_buffer((1,), "uint16", data=out)
         TABLE = T.decl_buffer((1,), "int32", data=block_table)
-        QS = T.decl_buffer((12288,), "int32", data=q_packed)
+        QS = T.decl_buffer((24576,), "int32", data=q_packed)
         KS = T.decl_buffer((4096,), "int32", data=k_packed)
         VS = T.decl_buffer((4096,), "int32", data=v_packed)
-        O = T.decl_buffer((24576,), "float32", data=sums_of_v)
-        at = T.alloc_local((192,), "int32")  # [192] positions of the rows
-        top = T.alloc_local((192,), "float32")  # [192] maximal scores
-        sums = T.alloc_local((192,), "float32")  # [192] sums of p
+        O = T.decl_buffer((49152,), "float32", data=sums_of_v)
+        at = T.alloc_local((384,), "int32")  # [384] positions of the rows
+        top = T.alloc_local((384,), "float32")  # [384] maximal scores
+        sums = T.alloc_local((384,), "float32")  # [384] sums of p
         alpha = T.alloc_local((48,), "float32")  # [48] what a block's sums so far are scaled by
         s = T.alloc_local((3072,), "float32")  # [64, 48] scores of a block, then p
         p = T.alloc_local((1536,), "int32")  # [32, 48] pairs
@@ -154,7 +154,6 @@ class Extend:
                 end = (T.min(last_position + 1 - tile * 64, 64) + 15) // 16 * 16
                 if begin < end:
                     if num_rows - block * 48 > 16:
-                        
                         # s = K @ Q^T
                         for nb in T.serial((end - begin) // 8):
                             n0 = begin + nb * 8
@@ -264,7 +263,6 @@ class Extend:
                                     for i in T.vectorized(16):
                                         O[(block * 128 + db * 8 + r) * 48 + j * 16 + i] = acc[(r * 3 + j) * 16 + i]
                     else:  # few rows: one vector of them, more panels at once
-                        
                         # s = K @ Q^T
                         for nb in T.serial((end - begin) // 16):
                             n0 = begin + nb * 16
