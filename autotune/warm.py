@@ -18,12 +18,14 @@ from pagedgen.compiler.families import family_for
 from pagedgen.compiler.space import default_schedule
 from pagedgen.errors import InvalidValue
 from pagedgen.values import codec
+from pagedgen.values.record import Status
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 
 GUESSES = 6
 ELSEWHERE = 0.5  # what another target counts, in the units of `_distance`: as much as a factor of 1.4
+PREDICTED = 2.0  # and what a choice counts that was made by the model: this run has one of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,9 @@ def guesses(
     near = sorted(
         _choices(database, family.name, spec),
         key=lambda c: (
-            _distance(c.spec, spec) + ELSEWHERE * (c.target != target.name),
+            _distance(c.spec, spec)
+            + ELSEWHERE * (c.target != target.name)
+            + PREDICTED * (c.selection.status is Status.PREDICTED),
             c.target,
             c.spec.name,
         ),

@@ -51,7 +51,7 @@ def show_targets(*, as_json: bool) -> None:
 
 
 def show_models(*, as_json: bool) -> None:
-    """The model presets, with what their layers need that the kernels do not have."""
+    """The model presets, with what their layers need beyond specs without masks."""
     if as_json:
         console.emit(
             [

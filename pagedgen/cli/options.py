@@ -104,7 +104,7 @@ class Job:
         return self.specs[0]
 
     def warn(self) -> None:
-        """Say on stderr what the model needs that the kernels do not have."""
+        """Say on stderr what the model needs that the specs do not have."""
         from pagedgen.cli.console import warn
 
         for warning in self.warnings:

@@ -80,7 +80,7 @@ class Model:
         return tp % self.num_kv_heads == 0
 
     def gaps(self) -> tuple[str, ...]:
-        """What the model's layers need that decode kernels do not have, a sentence each."""
+        """What the model's layers need that specs without masks do not have, a sentence each."""
         said = []
         if self.window_layers:
             rest = self.num_layers - self.window_layers
@@ -89,12 +89,15 @@ class Model:
             )
             said.append(
                 f"{self.window_layers} of {self.num_layers} layers attend to a window of "
-                f"{self.sliding_window} tokens; kernels attend to the whole context, so they serve {served}"
+                f"{self.sliding_window} tokens; specs without masks attend to the whole context, so they "
+                f"serve {served}"
             )
         if self.logit_softcap:
-            said.append(f"scores are capped at {self.logit_softcap:g}; kernels do not cap them")
+            said.append(f"scores are capped at {self.logit_softcap:g}; specs without masks do not cap them")
         if self.sinks:
-            said.append("heads have learned sinks; kernels have none (merge the sink through the LSE)")
+            said.append("heads have learned sinks; specs without masks have none")
+        if said:
+            said.append("pagedgen build --model makes a pack with all of it")
         return tuple(f"{self.name}: {sentence}" for sentence in said)
 
     def serving_specs(self, shapes: Sequence[KernelSpec], ops: Sequence[Op]) -> tuple[KernelSpec, ...]:

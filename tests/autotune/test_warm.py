@@ -16,6 +16,7 @@ from pagedgen.autotune.database import Database, Entry
 from pagedgen.autotune.select import select
 from pagedgen.autotune.warm import guesses
 from pagedgen.compiler.space import default_schedule
+from pagedgen.values.record import Status
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target_table import target
@@ -44,6 +45,14 @@ def test_neighbours_come_by_nearness(database: Database) -> None:
     assert guesses(database, SPEC, H100, SPACE) == [SPACE[2], SPACE[3], SPACE[1]]  # 0.5, 0.5 elsewhere, 1.0
     save(database, SPEC, SPACE[4])  # of another template than any there is: no result, but a good guess
     assert guesses(database, SPEC, H100, SPACE, count=2) == [SPACE[4], SPACE[2]]
+
+
+def test_the_models_own_choices_for_elsewhere_come_last(database: Database) -> None:
+    row = replace(ROWS[0], status=Status.PREDICTED, timing=None, target="a100-80g", schedule=SPACE[6])
+    predicted = select({SPACE[6]: {row.workload: 1.0}}, Status.PREDICTED)
+    database.save(Entry(SPEC, "a100-80g", (row,), predicted))
+    save(database, replace(SPEC, head_dim=256), SPACE[1])
+    assert guesses(database, SPEC, H100, SPACE) == [SPACE[1], SPACE[6]]  # 1.0, 2.5
 
 
 def test_fields_that_are_new_since_take_their_defaults(database: Database) -> None:

@@ -79,4 +79,4 @@ def test_cpus_read_k_along_tokens():
 def test_tensor_parallelism_and_gaps_come_with_the_model():
     made = job(model="gpt-oss-20b", tp=4)
     assert (made.only.num_q_heads, made.only.num_kv_heads) == (16, 2)
-    assert made.label == "gpt-oss-20b-tp4" and len(made.warnings) == 2
+    assert made.label == "gpt-oss-20b-tp4" and len(made.warnings) == 3

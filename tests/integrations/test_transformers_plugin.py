@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -11,13 +13,12 @@ pytest.importorskip("transformers")
 
 import transformers
 from integrations.cpu_packs import pack as build_pack
-from integrations.reference_attention import ReferenceAttention
 from integrations.tiny_models import COMMON, MODELS
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from pagedgen.errors import InvalidValue, PackNotChosen, SpecNotInPack, Unsupported, VersionUnmet
-from pagedgen.integrations.serving_pack import OPERATORS, Layer, LayerKernels, ServingPack
+from pagedgen.integrations.serving_pack import Layer, ServingPack
 from pagedgen.integrations.transformers import attach, attached, detach
 from pagedgen.integrations.transformers.step import Step
 from pagedgen.runtime.pack import open_pack
@@ -27,7 +28,7 @@ F32 = DType.F32
 PLAIN = Layer(32, 4, 2, F32, F32)
 LAYERS = {
     "llama": {PLAIN},
-    "qwen3": {Layer(32, 6, 2, F32, F32)},
+    "qwen3": {PLAIN},
     "mistral-window": {Layer(32, 4, 2, F32, F32, window=48)},
     "gemma2": {
         Layer(32, 4, 2, F32, F32, logits_soft_cap=5.0),
@@ -51,30 +52,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-class PackWithReference(ServingPack):
-    """A pack whose missing kernels are plain torch."""
-
-    def __init__(self, path):
-        super().__init__(open_pack(path))
-        object.__setattr__(self, "substitute", ReferenceAttention(ServingPack(self.pack).attention))
-
-    @property
-    def attention(self):
-        return self.substitute
-
-    def check(self, layer):
-        pass
-
-    def kernels(self, layer, block_size):
-        return LayerKernels(*(layer.spec(op, block_size, self.k_inner) for op in OPERATORS))
-
-    def block_sizes(self, **shape):
-        return (16,)
-
-
-# Kernels take seconds to compile, so that a pack has those of some layers; torch stands in for the others.
-COMPILED = {KInner.TOKEN: (PLAIN, *LAYERS["gemma2"]), KInner.DIM: (PLAIN,)}
-RUNS = [(KInner.TOKEN, name) for name in LAYERS] + [(KInner.DIM, "llama"), (KInner.DIM, "gemma2")]
+COMPILED = {KInner.TOKEN: tuple(sorted(set().union(*LAYERS.values()), key=repr)), KInner.DIM: (PLAIN,)}
+RUNS = [(KInner.TOKEN, name) for name in LAYERS] + [(KInner.DIM, "llama")]
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +64,8 @@ def served(tmp_path_factory):
     @cache
     def make(k_inner):
         path = tmp_path_factory.mktemp("packs") / f"{k_inner}.pack"
-        build_pack(COMPILED[k_inner], 16, k_inner, path)
-        return PackWithReference(path)
+        build_pack(COMPILED[k_inner], (16,), k_inner, path)
+        return ServingPack(open_pack(path))
 
     return make
 
@@ -94,6 +73,7 @@ def served(tmp_path_factory):
 def random_model(name):
     config_class, changes = MODELS[name]
     torch.manual_seed(0)
+    changes = changes | {"num_attention_heads": 4}
     config = getattr(transformers, config_class)(**{**COMMON, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for parameter in (p for n, p in model.named_parameters() if n.endswith("sinks")):
@@ -163,14 +143,11 @@ def test_the_same_tokens_as_eager(served, k_inner, name, monkeypatch):
     """Steps of prompts, of the rest of a prompt beside decodes, and of decodes, in both of their forms."""
     model, prompts, want = model_and_want(name)
     assert len(set(map(tuple, want))) == len(prompts)
-    pack = served(k_inner)
-    attach(model, pack)
+    attach(model, served(k_inner))
     assert set(attached(model).layers.values()) == LAYERS[name]
-    seen, calls = forms(monkeypatch), dict(pack.attention.calls)
+    seen = forms(monkeypatch)
     assert batched(model, prompts) == want
     assert batched(model, prompts, max_blocks_per_request=0, page_size=16) == want
-    if LAYERS[name].issubset(COMPILED[k_inner]):
-        assert pack.attention.calls["kernel"] > calls["kernel"]
     assert padded(model, prompts) == want
     assert seen == {("written", False), ("read", False), ("read", True), ("pages", True)}
     detach(model)
@@ -203,7 +180,7 @@ def test_what_is_refused(served, monkeypatch):
     with pytest.raises(PackNotChosen):
         attach(model)
     with pytest.raises(
-        SpecNotInPack, match=r"(?s)it has no decode-h32-q6-kv2-b16-f16-ktoken, extend.*pagedgen build --cpu "
+        SpecNotInPack, match=r"(?s)it has no decode-h32-q4-kv2-b16-f16-ktoken, extend.*pagedgen build --cpu "
     ):
         attach(
             random_model("qwen3").to(torch.float16), served(KInner.TOKEN).pack.path
@@ -240,3 +217,14 @@ def test_what_is_refused(served, monkeypatch):
         model.generate(ids, changed, attention_mask=torch.ones_like(ids))
     detach(model)
     detach(model)
+
+
+def test_no_compiler_of_ours_comes_with_it():
+    """What transformers and torch import by themselves is theirs; the plug-in adds nothing that compiles."""
+    code = (
+        "import sys, pagedgen.integrations.transformers\n"
+        "own = ('pagedgen.compiler', 'pagedgen.autotune', 'pagedgen.templates', 'pagedgen.cli')\n"
+        "print([n for n in sys.modules if n.startswith((*own, 'tvm.', 'optuna'))])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.split() == ["[]"]

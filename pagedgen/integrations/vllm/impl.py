@@ -80,7 +80,7 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
         if attn_type != AttentionType.DECODER:
             refuse("attn_type", attn_type, "pagedgen's kernels are those of decoder layers")
         if alibi_slopes is not None:
-            refuse("alibi_slopes", alibi_slopes, "pagedgen's kernels have no ALiBi")
+            refuse("alibi_slopes", alibi_slopes, "pagedgen's plug-in passes no slopes to the kernels")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
