@@ -10,7 +10,7 @@ from pagedgen.compiler.compile import compile_source
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.errors import CompileError, Unsupported
-from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
 from pagedgen.values.target_table import table
 
 F16, BF16, E4M3, E5M2 = DType.F16, DType.BF16, DType.FP8_E4M3, DType.FP8_E5M2
@@ -21,6 +21,8 @@ SPECS = (
     KernelSpec(Op.DECODE, 96, 16, 1, 544, BF16, E5M2, KVScale.HEAD, return_lse=True),
     KernelSpec(Op.EXTEND, 128, 32, 8, 16, BF16, BF16),
     KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, BF16, E4M3, KVScale.HEAD),
+    KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, F16, E5M2, KVScale.TENSOR, rope=Rope.GPTJ, rotary_dim=64),
+    KernelSpec(Op.KV_SCALES, 128, 8, 8, 1, BF16, E4M3, KVScale.HEAD),
     KernelSpec(Op.MERGE, 128, 32, 32, 1, BF16, BF16, sinks=True),
     KernelSpec(Op.COPY_BLOCKS, 128, 8, 8, 16, BF16, BF16),
     KernelSpec(Op.GATHER, 128, 8, 8, 16, BF16, E5M2, KVScale.HEAD),

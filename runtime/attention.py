@@ -12,11 +12,11 @@ import torch
 
 from pagedgen.errors import ArgumentError, PackDamaged, PagedgenError, SpecNotInPack
 from pagedgen.runtime.block_pools import BlockPools
-from pagedgen.runtime.lengths import check_lengths, check_pairs, check_slots, checks_wanted
+from pagedgen.runtime.lengths import check_lengths, check_pairs, check_positions, check_slots, checks_wanted
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.pack import Pack, check_machine, open_pack
 from pagedgen.values.manifest import KernelEntry
-from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op, Rope
 
 TORCH_DTYPES = {
     DType.F32: torch.float32,
@@ -28,12 +28,14 @@ TORCH_DTYPES = {
 MANY_MATCHES = 1024  # remembered (dtypes, shapes) of calls; serving has a handful
 
 
-EXTRAS = ("sinks", "alibi_slopes", "causal", "tree_mask")  # in the ABI's order
+EXTRAS = ("sinks", "alibi_slopes", "causal", "tree_mask", "positions", "cos_sin")  # in the ABI's order
 
 
 def taken_by(spec: KernelSpec) -> tuple[str, ...]:
     """The arguments of :data:`EXTRAS` that kernels of a spec take."""
-    takes = (spec.sinks, spec.alibi, spec.causality is Causality.PER_SEQUENCE, spec.tree_mask)
+    turns = spec.rope is not Rope.NONE
+    per_sequence = spec.causality is Causality.PER_SEQUENCE
+    takes = (spec.sinks, spec.alibi, per_sequence, spec.tree_mask, turns, turns)
     return tuple(name for name, taken in zip(EXTRAS, takes, strict=True) if taken)
 
 
@@ -44,6 +46,8 @@ class _Extras(NamedTuple):
     alibi_slopes: torch.Tensor | None = None
     causal: torch.Tensor | None = None
     tree_mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    cos_sin: torch.Tensor | None = None
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -458,9 +462,14 @@ class Attention:
         *,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        cos_sin: torch.Tensor | None = None,
         spec: KernelSpec | None = None,
     ) -> None:
         """Store K and V of new tokens in their slots, quantised where the pool is fp8.
+
+        Kernels with ``rope`` turn K on the way, in float32, and round it once; new_k itself and the queries
+        are left as they are.
 
         Args:
             new_k, new_v: ``[num_tokens, num_kv_heads, head_dim]``, head_dim contiguous.
@@ -469,6 +478,9 @@ class Attention:
             k, v: the pools, as :meth:`decode` takes them; written in place.
             k_scale, v_scale: as :meth:`decode`: what is stored is the value divided by the scale, rounded to
                 the nearest, ties to even, and no larger than the type's largest.
+            positions: int64 ``[num_tokens]``, for kernels with ``rope``.
+            cos_sin: float32 ``[max_position, rotary_dim]``, contiguous, for kernels with ``rope``: the
+                cosines of a position's ``rotary_dim / 2`` angles, then their sines.
             spec: which kernel, where the pack has several that fit the tensors.
 
         Raises:
@@ -478,10 +490,17 @@ class Attention:
         try:
             kernel = self._only.get(Op.WRITE_KV) if spec is None else self._kernels.get(spec)
             if kernel is None or kernel.spec.op is not Op.WRITE_KV:
-                kernel = self._find(Op.WRITE_KV, new_k, k, v, None, k_scale, spec)
+                extras = _Extras(positions=positions, cos_sin=cos_sin)
+                kernel = self._find(Op.WRITE_KV, new_k, k, v, None, k_scale, spec, extras)
             if self._checked:
                 check_slots(slot_mapping, k.shape[0] * kernel.spec.block_size, written=True)
-            kernel.call(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1)
+                if positions is not None and cos_sin is not None:
+                    check_positions(positions, slot_mapping, cos_sin.shape[0])
+            if positions is None and cos_sin is None and not kernel.takes:
+                kernel.call(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1)
+            else:
+                more = _Extras(positions=positions, cos_sin=cos_sin).of(kernel)
+                kernel.call(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1, *more)
         except PagedgenError:
             raise
         except Exception:
@@ -493,6 +512,45 @@ class Attention:
                 v=v,
                 k_scale=k_scale,
                 v_scale=v_scale,
+                positions=positions,
+                cos_sin=cos_sin,
+            )
+            raise
+
+    def kv_scales(
+        self,
+        new_k: torch.Tensor,
+        new_v: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        *,
+        spec: KernelSpec,
+    ) -> None:
+        """Set the scales of an fp8 pool that are not set yet, by tokens that :meth:`write_kv` stores next.
+
+        What is set, and why so: see :func:`pagedgen.runtime.kv_scales.set_scales`, which does the same.
+        One launch, that reads nothing where all are set.
+
+        Args:
+            new_k, new_v, slot_mapping: as :meth:`write_kv`.
+            k_scale, v_scale: float32 ``[1]`` or ``[num_kv_heads]``; entries of 0 or less are written.
+            spec: the kernel's: which fp8 type the pool has does not follow from the tensors.
+
+        Raises:
+            ArgumentError: an argument is not as above. Nothing ran.
+            SpecNotInPack: no kernel of this spec.
+        """
+        kernel = self.kernel(spec)
+        if spec.op is not Op.KV_SCALES:
+            raise SpecNotInPack(f"spec = {spec.name}: a spec of kv_scales is expected")
+        try:
+            kernel.call(new_k, new_v, slot_mapping, k_scale, v_scale, -1)
+        except PagedgenError:
+            raise
+        except Exception:
+            _refuse_strange(
+                new_k=new_k, new_v=new_v, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
             )
             raise
 

@@ -13,7 +13,8 @@ from pagedgen.runtime.arrays import I32, I64
 from pagedgen.runtime.attention import TORCH_DTYPES, Attention
 from pagedgen.runtime.block_pools import BlockPools, upload
 from pagedgen.runtime.kv_layout import KVLayout
-from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.runtime.kv_scales import set_scales
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
 
 STAGING_BYTES = 64 << 20  # of device memory for blocks on their way to or from the host
 
@@ -104,6 +105,8 @@ class KVCache:
             stored values are multiplied with. Ones if not given.
         attention: a pack whose write_kv, copy_blocks and gather kernels are used where they fit the shape;
             torch's operators are elsewhere, and give the same bytes.
+        dynamic_scales: scales that are 0, which they then are if not given, are set by the first tokens that
+            are written to their layer: see :func:`pagedgen.runtime.kv_scales.set_scales`. For an fp8 pool.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class KVCache:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         attention: Attention | None = None,
+        dynamic_scales: bool = False,
     ) -> None:
         if type(num_blocks) is not int or num_blocks < 1:
             raise InvalidPool("num_blocks", num_blocks, "an integer from 1 is allowed")
@@ -147,8 +151,12 @@ class KVCache:
         self.attention = attention
         self._writers = {} if attention is None else kernels_for(Op.WRITE_KV, attention, shape)
         self._gatherers = {} if attention is None else kernels_for(Op.GATHER, attention, shape)
+        if dynamic_scales and not shape.dtype.is_fp8:
+            raise InvalidPool("dynamic_scales", True, f"False is allowed for {shape.dtype.value}: no scales")
+        self.dynamic_scales = dynamic_scales
         self.k_scale = self._scale("k_scale", k_scale)
         self.v_scale = self._scale("v_scale", v_scale)
+        self._scalers = {} if attention is None else kernels_for(Op.KV_SCALES, attention, shape)
         # Eight bytes at a time where the page allows it: a gather of single bytes is slow.
         wide = torch.int64 if shape.page_bytes % 8 == 0 else torch.uint8
         self.blocks = self.storage.view(wide).flatten(0, 1)  # [layers * planes, num_blocks + 1, page]
@@ -175,6 +183,8 @@ class KVCache:
             k, v: ``[num_tokens, num_kv_heads, head_dim]``, any float type.
             slots: int64 ``[num_tokens]``, block * block_size + offset, on the pool's device; -1: padding.
         """
+        if self.dynamic_scales:
+            self.set_scales(layer, k, v, slots)
         spec = self.writer(k, v)
         if spec is not None:
             assert self.attention is not None
@@ -190,6 +200,25 @@ class KVCache:
     def writer(self, k: torch.Tensor, v: torch.Tensor) -> KernelSpec | None:
         """The kernel that stores K and V of new tokens of these types here; None: torch's operators do."""
         return self._writers.get(k.dtype) if k.dtype == v.dtype else None
+
+    def set_scales(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Set those of a layer's scales that are 0 by new K and V, as :meth:`write_kv` does if dynamic.
+
+        A captured graph need not hold it: once every layer was written to, nothing is left to set.
+        """
+        assert self.k_scale is not None and self.v_scale is not None and self.fp8_type is not None
+        k_scale, v_scale = self.k_scale[layer], self.v_scale[layer]
+        spec = self.scaler(k, v)
+        if spec is not None:
+            assert self.attention is not None
+            self.attention.kv_scales(k, v, slots, k_scale, v_scale, spec=spec)
+            return
+        for new, scale in ((k, k_scale), (v, v_scale)):
+            set_scales(new, slots, scale, self.fp8_type)
+
+    def scaler(self, k: torch.Tensor, v: torch.Tensor) -> KernelSpec | None:
+        """The kernel that sets scales by K and V of these types; None: torch's operators do."""
+        return self._scalers.get(k.dtype) if k.dtype == v.dtype else None
 
     def raw(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer with the spare block, fp8 as bytes: what :func:`store` writes to."""
@@ -344,6 +373,8 @@ class KVCache:
                 raise InvalidPool(name, tuple(scale.shape), f"no scale is allowed for {shape.dtype.value}")
             return None
         wanted = (shape.num_layers, shape.num_kv_heads if shape.kv_scale is KVScale.HEAD else 1)
+        if scale is None and self.dynamic_scales:
+            return torch.zeros(wanted, dtype=torch.float32, device=self.device)
         if scale is None:
             return torch.ones(wanted, dtype=torch.float32, device=self.device)
         if tuple(scale.shape) != wanted or scale.dtype != torch.float32:
@@ -352,13 +383,15 @@ class KVCache:
 
 
 def kernels_for(op: Op, attention: Attention, shape: KVShape) -> dict[torch.dtype, KernelSpec]:
-    """A pack's write_kv or gather kernels for pools of a shape, by the type outside the pool."""
+    """A pack's kernels of an operator for pools of a shape, by the type outside the pool; none with rope."""
     found = {}
     for spec in attention.specs:
-        wanted = (op, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype)
+        block_size = 1 if op is Op.KV_SCALES else shape.block_size
+        wanted = (op, shape.num_kv_heads, shape.head_dim, block_size, shape.dtype)
         held = (spec.op, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.kv_dtype)
         as_stored = op is Op.GATHER and spec.q_dtype == spec.kv_dtype
-        fits = held == wanted and spec.k_inner is shape.layout.k_inner and spec.head_dim_v is None
+        fits = held == wanted and spec.head_dim_v is None and spec.rope is Rope.NONE
+        fits = fits and (op is Op.KV_SCALES or spec.k_inner is shape.layout.k_inner)
         if fits and (as_stored or spec.kv_scale is shape.kv_scale):
             found[TORCH_DTYPES[spec.q_dtype]] = spec
     return found

@@ -109,6 +109,19 @@ def check_slots(slot_mapping: torch.Tensor, num_slots: int, *, written: bool) ->
             )
 
 
+def check_positions(positions: torch.Tensor, slot_mapping: torch.Tensor, max_position: int) -> None:
+    """Read positions back to the host and check those of kept tokens: in the table of cosines and sines.
+
+    Raises:
+        ArgumentError: names the token, its position and what is allowed.
+    """
+    if positions.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    for token, (position, slot) in enumerate(zip(positions.tolist(), slot_mapping.tolist(), strict=True)):
+        if slot >= 0 and not 0 <= position < max_position:
+            raise ArgumentError(f"positions[{token}] = {position}: 0 to {max_position - 1} is allowed")
+
+
 def check_pairs(pairs: torch.Tensor, num_blocks: int, num_written: int, *, same_pools: bool) -> None:
     """Read pairs of blocks back to the host and check them: in the pools, none written that is also read.
 

@@ -39,19 +39,9 @@ if TYPE_CHECKING:
     # As Decode with cu_seqlens_q after seq_lens; a spec with sinks takes them as one more argument, the last,
     # and one with a tree mask takes that behind them.
     Extend = Callable[..., None]
-    WriteKV = Callable[
-        [
-            torch.Tensor,  # new_k, of gather out_k
-            torch.Tensor,  # new_v, of gather out_v
-            torch.Tensor,  # slot_mapping
-            torch.Tensor,  # k
-            torch.Tensor,  # v
-            torch.Tensor | None,  # k_scale
-            torch.Tensor | None,  # v_scale
-            int,  # variant
-        ],
-        None,
-    ]
+    # new_k, new_v (of gather out_k, out_v), slot_mapping, k, v, k_scale, v_scale, variant, and with rope
+    # positions and cos_sin
+    WriteKV = Callable[..., None]
     CopyBlocks = Callable[
         [
             int,  # src_origin
@@ -86,8 +76,9 @@ class Library:
       workspace, max_seq_len, variant[, sinks])``
     - ``verify(…)``: as extend, with ``tree_mask`` as one more argument if the spec has one
 
-    - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant)``
+    - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant[, positions, cos_sin])``
     - ``gather(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, variant)``
+    - ``kv_scales(new_k, new_v, slot_mapping, k_scale, v_scale, variant)``
     - ``merge(outs, lses, out, lse, variant[, sinks])``
     - ``copy_blocks(src_origin, dst_origin, src, dst, pairs, page_bytes, variant)``
 
@@ -106,6 +97,7 @@ class Library:
         "decode",
         "extend",
         "gather",
+        "kv_scales",
         "merge",
         "path",
         "verify",
@@ -117,6 +109,7 @@ class Library:
     verify: Extend
     write_kv: WriteKV
     gather: WriteKV
+    kv_scales: WriteKV  # new_k, new_v, slot_mapping, k_scale, v_scale, variant
     copy_blocks: CopyBlocks
     merge: Extend  # outs, lses, out, lse, variant, and sinks where the spec has them
 

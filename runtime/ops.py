@@ -24,6 +24,7 @@ import torch
 from pagedgen.runtime.attention import Attention, loaded
 from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import KVCache, copy_by_torch, store
+from pagedgen.runtime.kv_scales import set_scales
 from pagedgen.values.spec import KernelSpec, Op
 
 
@@ -267,6 +268,14 @@ _write_kv.register_fake(_nothing)
 
 def store_kv(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """:meth:`KVCache.write_kv` as an operator."""
+    if cache.dynamic_scales:
+        assert cache.k_scale is not None and cache.v_scale is not None and cache.fp8_type is not None
+        scaler = cache.scaler(k, v)
+        number = None if scaler is None or cache.attention is None else cache.attention.number
+        _kv_scales(
+            k, v, slots, cache.k_scale[layer], cache.v_scale[layer], cache.fp8_type, number,
+            None if scaler is None else scaler.name,
+        )  # fmt: skip
     raw_k, raw_v = cache.raw(layer)
     writer = cache.writer(k, v)
     pack = None if writer is None or cache.attention is None else cache.attention.number
@@ -305,6 +314,28 @@ def _store_kv(
 
 
 _store_kv.register_fake(_nothing)
+
+
+@torch.library.custom_op("pagedgen::kv_scales", mutates_args=("k_scale", "v_scale"))
+def _kv_scales(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    fp8_type: torch.dtype,
+    pack: int | None = None,
+    spec: str | None = None,
+) -> None:
+    wanted = None if pack is None else _spec(loaded(pack), spec)
+    if pack is not None and wanted is not None:
+        loaded(pack).kv_scales(k, v, slots, k_scale, v_scale, spec=wanted)
+        return
+    set_scales(k, slots, k_scale, fp8_type)
+    set_scales(v, slots, v_scale, fp8_type)
+
+
+_kv_scales.register_fake(_nothing)
 
 
 def copy_kv_blocks(cache: KVCache, pairs: torch.Tensor) -> None:

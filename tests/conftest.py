@@ -16,7 +16,7 @@ from pagedgen.runtime import machine
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Resources
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op, Rope
 from pagedgen.values.target import Target
 
 
@@ -81,6 +81,8 @@ def make_spec(
     kv_dtype = DType(kv or q)
     as_stored = op == "copy_blocks" or q == kv_dtype  # fp8 without a scale
     kv_scale = KVScale(scale) if kv_dtype.is_fp8 and not as_stored else KVScale.NONE
+    if "rope" in masks:
+        masks["rope"] = Rope(masks["rope"])
     return KernelSpec(
         Op(op), head_dim, *heads, block_size, DType(q), kv_dtype, kv_scale, KInner(k_inner), lse, **masks
     )

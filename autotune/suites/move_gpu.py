@@ -42,7 +42,7 @@ from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import store
 from pagedgen.runtime.library import Library
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import gpu_target
 from pagedgen.values.workload import Workload
@@ -83,6 +83,7 @@ def jobs() -> tuple[Job, ...]:
     kinds = (
         ("write_kv, bfloat16", KernelSpec(Op.WRITE_KV, *shape, BF16, BF16), 1),
         ("write_kv, bfloat16 to fp8", KernelSpec(Op.WRITE_KV, *shape, BF16, E4M3, KVScale.TENSOR), 1),
+        ("write_kv, bfloat16, K turned", KernelSpec(Op.WRITE_KV, *shape, BF16, BF16, rope=Rope.NEOX), 1),
         ("gather, bfloat16", KernelSpec(Op.GATHER, *shape, BF16, BF16), 1),
         ("gather, fp8 to bfloat16", KernelSpec(Op.GATHER, *shape, BF16, E4M3, KVScale.TENSOR), 1),
         ("copy_blocks, bfloat16, 1 layer", KernelSpec(Op.COPY_BLOCKS, *shape, BF16, BF16), 1),
@@ -112,25 +113,37 @@ class Rows:
         self.slots = order[: count * job.num_tokens].view(count, job.num_tokens)
         one = torch.ones(1, device=device) if spec.kv_scale is not KVScale.NONE else None
         self.scales = [one, one]
+        self.turns: tuple[torch.Tensor, ...] = ()
+        if spec.rope is not Rope.NONE:
+            positions = torch.randint(0, 8192, (job.num_tokens,), device=device)
+            self.turns = (positions, torch.rand(8192, spec.head_dim, device=device))
 
     def ours(self, library: Library, turn: int) -> None:
         """A call of the library's operator."""
         call = library.write_kv if self.spec.op is Op.WRITE_KV else library.gather
         (rows_k, rows_v), (k, v), (k_scale, v_scale) = self.rows[turn], self.pools, self.scales
-        call(rows_k, rows_v, self.slots[turn], k, v, k_scale, v_scale, 0)
+        call(rows_k, rows_v, self.slots[turn], k, v, k_scale, v_scale, 0, *self.turns)
 
     def torchs(self, turn: int) -> None:
         """The same by torch's operators."""
         fp8 = self.pools[0].dtype if self.scales[0] is not None else None
         for pool, rows, scale in zip(self.raw, self.rows[turn], self.scales, strict=True):
             if self.spec.op is Op.WRITE_KV:
-                store(pool, rows, self.slots[turn], scale, fp8)
+                turned = self._turned(rows) if self.turns and pool is self.raw[0] else rows
+                store(pool, turned, self.slots[turn], scale, fp8)
                 continue
             size = self.spec.block_size
             found = pool[self.slots[turn] // size, self.slots[turn] % size]
             if fp8 is not None and scale is not None:
                 found = found.view(fp8).float() * scale
             rows.copy_(found)
+
+    def _turned(self, k: torch.Tensor) -> torch.Tensor:
+        """Rotary position embedding, as models write it (NeoX)."""
+        positions, cos_sin = self.turns
+        cos, sin = cos_sin[positions][:, None].tensor_split(2, dim=-1)
+        one, other = k.float().tensor_split(2, dim=-1)
+        return torch.cat((one * cos - other * sin, other * cos + one * sin), -1)
 
 
 class Blocks:

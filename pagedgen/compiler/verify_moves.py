@@ -12,6 +12,7 @@ from pagedgen.compiler.verify_write import WriteCase
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.runtime.block_pools import BlockPools
+from pagedgen.runtime.kv_scales import set_scales
 from pagedgen.values.record import Verdict
 from pagedgen.values.spec import KernelSpec, KVScale, Op
 
@@ -42,6 +43,7 @@ def gate_move(
         Op.GATHER: GatherCase,
         Op.COPY_BLOCKS: CopyCase,
         Op.MERGE: MergeCase,
+        Op.KV_SCALES: ScalesCase,
     }
     for number, (count, pool) in enumerate(zip(COUNTS, POOLS, strict=True)):
         case = kinds[spec.op](spec, count, pool, device, seed + number)
@@ -224,3 +226,47 @@ class MergeCase:
             if bool(same.all())
             else f"lse: {int((~same).sum())} wrong, the first at {(~same).nonzero()[0].tolist()}"
         )
+
+
+class ScalesCase:
+    """Scales all or half of which are unset; padding tokens hold the largest values, others NaN and inf.
+
+    In the first case nothing is kept, or everything is 0: the scale stays unset, or becomes 1.
+    """
+
+    def __init__(self, spec: KernelSpec, count: int, pool: Pool, device: torch.device, seed: int) -> None:
+        make = torch.Generator(device="cpu").manual_seed(seed)
+        heads, dim = spec.num_kv_heads, spec.head_dim
+        both = (
+            torch.randn(count, 3 * heads, dim, generator=make)
+            * torch.exp2(torch.arange(3.0 * heads) % 8)[:, None]
+        )
+        self.slots = torch.arange(count).to(device)
+        if count == 1:
+            self.slots[seed % 2 :] = -1
+            both.zero_()
+        else:
+            self.slots[::5] = -1
+            both[::5] *= 1000
+            both[1, :, 0], both[2, :, 1] = float("nan"), float("-inf")
+        both = both.to(TORCH_DTYPES[spec.q_dtype]).to(device)
+        self.new = (both[:, heads : 2 * heads], both[:, 2 * heads :])
+        size = heads if spec.kv_scale is KVScale.HEAD else 1
+        self.scales = [torch.zeros(size, device=device), torch.full((size,), -1.0, device=device)]
+        if pool == "packed":
+            self.scales[0][::2] = 0.25
+            self.scales[1][1::2] = 7.0
+        self.expected = [scale.clone() for scale in self.scales]
+        for new, scale in zip(self.new, self.expected, strict=True):
+            set_scales(new, self.slots, scale, TORCH_DTYPES[spec.kv_dtype])
+
+    def call(self, callee: Any, variant: int) -> None:
+        """Call the operator."""
+        callee.kv_scales(*self.new, self.slots, *self.scales, variant)
+
+    def judge(self) -> str:
+        """What is wrong, or nothing."""
+        for name, got, want in zip(("k_scale", "v_scale"), self.scales, self.expected, strict=True):
+            if not torch.equal(got, want):
+                return f"{name} = {got.tolist()[:4]}: {want.tolist()[:4]} is right"
+        return ""

@@ -19,11 +19,13 @@ class Op(StrEnum):
     VERIFY = "verify"  # a few queries a sequence, drafted tokens in a line or a tree, at the speed of decode
     WRITE_KV = "write_kv"  # new tokens' K and V to their slots in the pool, quantised where it is fp8
     COPY_BLOCKS = "copy_blocks"  # whole blocks, in the pools of all layers at once
+    KV_SCALES = "kv_scales"  # scales of an fp8 pool that are not set yet, by the first tokens' K and V
     MERGE = "merge"  # attention over parts of a context to that over the whole, by the parts' LSEs
     GATHER = "gather"  # tokens' K and V from their slots, one after the other, dequantised or as stored
 
 
-MOVES = (Op.WRITE_KV, Op.COPY_BLOCKS, Op.GATHER)  # operators without queries: they compute no attention
+# Operators without queries: they compute no attention.
+MOVES = (Op.WRITE_KV, Op.COPY_BLOCKS, Op.GATHER, Op.KV_SCALES)
 
 
 class DType(StrEnum):
@@ -74,6 +76,15 @@ class Causality(StrEnum):
     PER_SEQUENCE = "per_sequence"  # as the call's `causal` says: uint8 [num_seqs], 0 for full
 
 
+class Rope(StrEnum):
+    """Which elements of a row rotary position embedding turns with each other (Su et al., 2021)."""
+
+    NONE = "none"
+    NEOX = "neox"  # element i with element i + rotary_dim / 2: GPT-NeoX, Llama
+    GPTJ = "gptj"  # element 2i with element 2i + 1: GPT-J, interleaved
+
+
+LEAST_SCALE = 1e-30  # that kv_scales sets: a normal number, and so is its inverse
 MAX_WINDOW = 1 << 30  # tokens, of a window or of an attention chunk; a longer one is none
 
 DTYPE_ALIASES = {
@@ -123,6 +134,11 @@ class KernelSpec:
     ``q_dtype`` is ``kv_dtype`` and ``kv_scale`` none: always for ``copy_blocks``; for ``gather`` from an fp8
     pool the other choice is a wider ``q_dtype`` and a scale, which values are multiplied with.
 
+    ``kv_scales`` reads what ``write_kv`` stores and sets scales by it: ``kv_dtype`` is fp8, ``block_size`` 1.
+
+    With ``rope``, ``write_kv`` turns K by its tokens' positions before it is stored: the first ``rotary_dim``
+    elements of a row (None, or ``head_dim`` itself, which becomes None: all of them).
+
     ``merge`` has outputs of attention for input and no pool: ``num_kv_heads`` is ``num_q_heads``,
     ``block_size`` 1 and ``kv_dtype`` the ``q_dtype``; of the modifiers it has ``sinks`` alone.
 
@@ -171,8 +187,12 @@ class KernelSpec:
     causality: Causality = field(default=Causality.CAUSAL, metadata=codec.OMIT_DEFAULT)
     tree_mask: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
     batch_invariant: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
+    rope: Rope = field(default=Rope.NONE, metadata=codec.OMIT_DEFAULT)
+    rotary_dim: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
+        if self.rope is not Rope.NONE and self.rotary_dim == self.head_dim:
+            object.__setattr__(self, "rotary_dim", None)
         if self.head_dim_v == self.head_dim:  # one value, one form
             object.__setattr__(self, "head_dim_v", None)
         for name in ("head_dim", "num_q_heads", "num_kv_heads", "block_size"):
@@ -213,6 +233,7 @@ class KernelSpec:
             allowed = "causal is allowed with tree_mask, which says itself what a query sees"
             raise InvalidValue("causality", self.causality.value, allowed)
 
+        self._check_rope()
         if self.op in MOVES:
             self._refuse_attention()
         if self.op is Op.MERGE:
@@ -226,6 +247,14 @@ class KernelSpec:
                 raise InvalidValue("q_dtype", self.q_dtype.value, allowed)
             allowed = "'none' is allowed: blocks are copied as they are"
             raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
+        if self.op is Op.KV_SCALES:
+            for name, fits in (("block_size", self.block_size == 1), ("k_inner", self.k_inner is KInner.DIM)):
+                if not fits:
+                    allowed = f"{'1' if name == 'block_size' else 'dim'} is allowed: kv_scales has no pool"
+                    raise InvalidValue(name, getattr(self, name), allowed)
+            if not self.kv_dtype.is_fp8:
+                allowed = "an fp8 type is allowed: others have no scales"
+                raise InvalidValue("kv_dtype", self.kv_dtype.value, allowed)
         if self.op in (Op.COPY_BLOCKS, Op.GATHER) and as_stored:
             if self.op is Op.COPY_BLOCKS and self.k_inner is not KInner.DIM:
                 allowed = "dim is allowed: blocks are copied as they are, whichever axis is innermost"
@@ -240,6 +269,19 @@ class KernelSpec:
             allowed = "fp8 takes 'tensor' or 'head', other types take 'none'"
             raise InvalidValue("kv_scale", self.kv_scale.value, allowed)
 
+    def _check_rope(self) -> None:
+        if self.rope is not Rope.NONE and self.op is not Op.WRITE_KV:
+            raise InvalidValue("rope", self.rope.value, "'none' is allowed: write_kv alone turns K")
+        if self.rotary_dim is not None:
+            if self.rope is Rope.NONE:
+                raise InvalidValue("rotary_dim", self.rotary_dim, "None is allowed without rope")
+            if not (type(self.rotary_dim) is int and 0 < self.rotary_dim < self.head_dim):
+                allowed = f"2 to head_dim ({self.head_dim}) is allowed"
+                raise InvalidValue("rotary_dim", self.rotary_dim, allowed)
+            if self.rotary_dim % 2:
+                allowed = "an even number is allowed: elements turn in pairs"
+                raise InvalidValue("rotary_dim", self.rotary_dim, allowed)
+
     def _refuse_pool(self) -> None:
         """Refuse what only operators with K and V have."""
         wanted = {
@@ -249,6 +291,7 @@ class KernelSpec:
             "k_inner": KInner.DIM,
             "head_dim_v": None,
             "return_lse": False,
+            "batch_invariant": False,
             **{name: getattr(self, name) if name == "sinks" else None for name in self.masks},
         }
         for name, only in wanted.items():
@@ -262,7 +305,8 @@ class KernelSpec:
         if self.num_q_heads != self.num_kv_heads:
             allowed = f"{self.num_kv_heads}, num_kv_heads, is allowed: {self.op.value} has no query heads"
             raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
-        for name in (*self.masks, *(n for n in ("return_lse", "batch_invariant") if getattr(self, n))):
+        masks = [name for name in self.masks if name != "rope"]
+        for name in (*masks, *(n for n in ("return_lse", "batch_invariant") if getattr(self, n))):
             raise InvalidValue(name, getattr(self, name), f"not allowed: {self.op.value} has no softmax")
 
     def __lt__(self, other: object) -> bool:
@@ -287,6 +331,7 @@ class KernelSpec:
             "attention_chunk": self.attention_chunk is not None,
             "causality": self.causality is not Causality.CAUSAL,
             "tree_mask": self.tree_mask,
+            "rope": self.rope is not Rope.NONE,
         }
         return tuple(name for name, is_used in used.items() if is_used)
 
@@ -363,6 +408,8 @@ class KernelSpec:
             parts.append("tree")
         if self.batch_invariant:
             parts.append("invariant")
+        if self.rope is not Rope.NONE:
+            parts.append(f"{self.rope.value}{self.rotary_dim or ''}")
         return "-".join(parts)
 
     @property

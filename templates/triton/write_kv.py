@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from pagedgen.errors import Unsupported
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.templates.fp8 import FORMATS
 from pagedgen.templates.triton.decode import cdiv, next_power_of_two
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import KernelSpec, KInner, KVScale, Op
+from pagedgen.values.spec import KernelSpec, KInner, KVScale, Op, Rope
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
@@ -20,7 +21,8 @@ class TritonWriteKV(Family):
     name = "triton-write-kv"
     kind = "cuda"
     source = TEMPLATES / "triton" / "write_kv.py.j2"
-    shared = (TEMPLATES / "fp8.py", TEMPLATES / "triton" / "quantise.j2")
+    masks: tuple[str, ...] = ("rope",)
+    shared: tuple[Path, ...] = (TEMPLATES / "fp8.py", TEMPLATES / "triton" / "quantise.j2")
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -85,18 +87,24 @@ class TritonWriteKV(Family):
 
     def context(self, spec: KernelSpec, target: Target, schedule: Schedule) -> Mapping[str, object]:
         """Literals for the Jinja source."""
+        half = (spec.rotary_dim or spec.head_dim) // 2
+        width = next_power_of_two(spec.head_dim)
         return {
             "spec": spec,
             "target": target,
             "schedule": schedule,
             "entry": "paged_write_kv",
+            "rope": "" if spec.rope is Rope.NONE else spec.rope.value,
+            "half": half,
+            "half_width": next_power_of_two(half) if spec.rope is Rope.NEOX else width // 2,
+            "rest_width": next_power_of_two(max(1, spec.head_dim - 2 * half)),
             "is_fp8": spec.kv_dtype.is_fp8,
             "kv_dtype": spec.kv_dtype.value,
             "fp8": FORMATS.get(spec.kv_dtype),
             "scale_per_head": spec.kv_scale is KVScale.HEAD,
             "num_kv_heads": spec.num_kv_heads,
             "block_size": spec.block_size,
-            "width": next_power_of_two(spec.head_dim),
+            "width": width,
             "tile_m": schedule.int("tile_m"),
         }
 

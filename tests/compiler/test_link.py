@@ -103,9 +103,12 @@ def test_extend_launcher_passes_what_the_kernel_takes(
 
 
 @pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
-@pytest.mark.parametrize("op", ["write_kv", "gather", "copy_blocks", "merge"])
+@pytest.mark.parametrize("op", ["write_kv", "gather", "copy_blocks", "merge", "kv_scales"])
 def test_launchers_of_moves_pass_what_the_kernel_takes(make_spec, default_schedule, gpu_binary, h100, op, kv):
-    more = {"block_size": 1, "kv": "f16", "sinks": kv != "f16"} if op == "merge" else {"kv": kv}
+    rope = {"rope": "neox"} if op == "write_kv" and kv != "f16" else {}
+    if op == "kv_scales":
+        rope, kv = {"block_size": 1}, "fp8_e4m3"
+    more = {"block_size": 1, "kv": "f16", "sinks": kv != "f16"} if op == "merge" else {"kv": kv, **rope}
     spec = make_spec(128, (8, 8), q=kv if op == "copy_blocks" else "f16", op=op, **more)
     text = render(spec, h100, default_schedule(spec, h100)).text
     signature = text.split(f"def paged_{op}(")[1].split("):")[0]

@@ -242,7 +242,7 @@ def test_write_kv_is_judged_by_its_bytes(make_spec, kv):
         verdict = gate(broken, spec, 0, "cpu", 1)
         assert not verdict.passed and "wrong elements of k" in verdict.reason, verdict
     case = WriteCase(spec, 30, "nhd", torch.device("cpu"), 2)
-    case.k, case.v = case.expected[0].clone(), case.expected[1].clone()
+    case.k, case.v = case.expected[0][0].clone(), case.expected[1][0].clone()
     assert case.judge() == ""
     case.v.view(torch.uint8)[0, 3, 1, 5] ^= 1
     assert "1 wrong elements of v, the first at [0, 3, 1" in case.judge()

@@ -28,6 +28,7 @@ ATTENTION = (Op.DECODE, Op.EXTEND, Op.VERIFY)
 # What an operator leaves no choice of; drawing it until it is right would take long.
 FIXED: dict[Op, dict[str, Any]] = {
     Op.MERGE: {"block_size": 1, "kv_scale": KVScale.NONE, "k_inner": KInner.DIM},
+    Op.KV_SCALES: {"block_size": 1, "kv_dtype": DType.FP8_E4M3, "k_inner": KInner.DIM},
 }
 BLOCKS = (1, 2, 3, 5, 8, 16, 16, 16, 32, 48, 64, 100, 128, 256, 528, 544, 784, 1024)
 DIMS = (32, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 128, 160, 192, 256)
@@ -76,13 +77,15 @@ def _field(draw: Random, name: str, sizes: Sizes) -> Any:
         return draw.choice((1, 2, 16, 64, 65, 128, draw.randint(1, 2 * sizes.longest)))
     if name == "attention_chunk":
         return draw.choice((1, 16, 64, 100, draw.randint(1, sizes.longest)))
+    if name == "rotary_dim":
+        return draw.choice((16, 32, 64, draw.randrange(2, 256, 2)))
     if name == "logits_soft_cap":
         return draw.choice((1.0, 15.0, 30.0, 50.0))
     raise AssertionError(f"KernelSpec.{name} is new: say here what values it is drawn from")
 
 
 OFTEN = {"tree_mask": 0.5, "return_lse": 0.4, "kv_scale": 1.0, "k_inner": 1.0}
-OPTIONAL = {"window", "attention_chunk", "logits_soft_cap", "head_dim_v"}
+OPTIONAL = {"window", "attention_chunk", "logits_soft_cap", "head_dim_v", "rotary_dim"}
 
 
 def spec_of(draw: Random, op: Op, target: Target, sizes: Sizes) -> KernelSpec:
@@ -98,6 +101,8 @@ def spec_of(draw: Random, op: Op, target: Target, sizes: Sizes) -> KernelSpec:
             continue
         q = draw.choice(list(DType))
         kv = q if draw.random() < 0.6 else draw.choice((DType.FP8_E4M3, DType.FP8_E5M2))
+        if op is Op.MERGE:
+            q_heads, kv = heads, q
         values: dict[str, Any] = {
             "op": op, "num_q_heads": q_heads, "num_kv_heads": heads, "q_dtype": q, "kv_dtype": kv,
         } | FIXED.get(op, {})  # fmt: skip

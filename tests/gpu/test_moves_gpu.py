@@ -19,7 +19,7 @@ from pagedgen.runtime.kv_cache import KVCache, KVShape
 from pagedgen.runtime.kv_layout import KVLayout
 from pagedgen.runtime.library import Library
 from pagedgen.values.manifest import Rule
-from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
 from pagedgen.values.target_table import target
 
 EVERY_CALL = (Rule(2**31 - 1, 2**31 - 1, 0),)
@@ -51,7 +51,23 @@ AS_STORED = tuple(
     for head_dim, heads, block_size in (*SHAPES, (40, 1, 1))
     for kind in (F16, E4M3)
 )
-SPECS = tuple(dict.fromkeys((*CONVERTING, *AS_STORED)))
+TURNING = tuple(
+    KernelSpec(Op.WRITE_KV, head_dim, heads, heads, 16, q, kv or q, scale, rope=rope, rotary_dim=rotary_dim)
+    for head_dim, heads, rotary_dim in ((128, 8, None), (80, 3, 64), (64, 1, 24))
+    for rope in (Rope.NEOX, Rope.GPTJ)
+    for q, kv, scale in ((BF16, None, KVScale.NONE), (F16, E4M3, KVScale.TENSOR), (BF16, E5M2, KVScale.HEAD))
+)
+MERGING = tuple(
+    KernelSpec(Op.MERGE, head_dim, heads, heads, 1, q, q, sinks=sinks)
+    for head_dim, heads, sinks in ((128, 32, False), (80, 7, True), (256, 1, False))
+    for q in (F16, BF16, F32)
+)
+SCALING = tuple(
+    KernelSpec(Op.KV_SCALES, head_dim, heads, heads, 1, q, kv, scale)
+    for head_dim, heads in ((128, 8), (80, 3))
+    for q, kv, scale in ((BF16, E4M3, KVScale.TENSOR), (F16, E5M2, KVScale.HEAD), (F32, E4M3, KVScale.HEAD))
+)
+SPECS = tuple(dict.fromkeys((*CONVERTING, *AS_STORED, *TURNING, *MERGING, *SCALING)))
 
 
 def captured(call):

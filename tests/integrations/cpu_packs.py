@@ -1,10 +1,11 @@
 """Packs of CPU kernels for the layers of the tiny models, with default schedules.
 
-python cpu_packs.py FOLDER        (needs pagedgen[cpu])
+python cpu_packs.py FOLDER [--speed | --sglang]        (needs pagedgen[cpu])
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -29,26 +30,31 @@ LAYERS = (
 )
 
 SPEED = (Layer(128, 32, 8, DType.BF16, DType.BF16),)
+# Of test_sglang_plugin.py, over pools of token slots and of pages of 16.
+SGLANG = (Layer(32, 4, 2, DType.F32, DType.F32), Layer(32, 4, 2, DType.F32, DType.F32, window=10))
 
 
-def pack(layers: tuple[Layer, ...], block_size: int, k_inner: KInner, place: Path) -> None:
-    """Build a pack of every operator's kernels for ``layers``."""
+def pack(layers: tuple[Layer, ...], block_sizes: tuple[int, ...], k_inner: KInner, place: Path) -> None:
+    """Build a pack of every operator's kernels for ``layers``, over blocks of each size."""
     target = cpu_target()
     choices = []
-    for spec in sorted({layer.spec(op, block_size, k_inner) for layer in layers for op in OPERATORS}):
+    wanted = itertools.product(layers, OPERATORS, block_sizes)
+    for spec in sorted({layer.spec(op, block_size, k_inner) for layer, op, block_size in wanted}):
         binary = compile_source(render(spec, target, default_schedule(spec, target)))
         choices.append(Choice((binary,), (Rule(2**31 - 1, 2**31 - 1, 0),), ()))
     build(choices, place)
 
 
 def main() -> None:
-    """Packs with K along head_dim and along tokens; with ``--speed`` the one that docs/benchmarks has."""
-    folder = Path(sys.argv[-1])
-    if "--speed" in sys.argv:
-        pack(SPEED, 16, KInner.TOKEN, folder / "speed.pack")
-        return
-    for inner in KInner:
-        pack(LAYERS, BLOCK_SIZE, inner, folder / f"{inner}.pack")
+    """Packs with K along head_dim and along tokens, or the one that the option names."""
+    folder, option = Path(sys.argv[1]), sys.argv[2:]
+    if option == ["--speed"]:
+        pack(SPEED, (16,), KInner.TOKEN, folder / "speed.pack")
+    elif option == ["--sglang"]:
+        pack(SGLANG, (1, 16), KInner.DIM, folder / "sglang.pack")
+    else:
+        for inner in KInner:
+            pack(LAYERS, (BLOCK_SIZE,), inner, folder / f"{inner}.pack")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The SGLang plug-in beside SGLang's own torch backend, kernels being torch: skipped without SGLang.
+"""The SGLang plug-in beside SGLang's own torch backend: skipped without SGLang, run by `.ci/sglang-cpu`.
 
-Nothing of a server runs here; batches, pools and the runner are stand-ins with the fields that backends read.
+``PAGEDGEN_PACK`` is cpu_packs.py's pack for it. Nothing of a server runs here; batches, pools and the runner
+are stand-ins with the fields that backends read.
 """
 
 from __future__ import annotations
@@ -9,14 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from integrations.reference_attention import ReferenceAttention
 
 pytest.importorskip("sglang")
 
 from pagedgen.errors import SpecNotInPack, Unsupported
-from pagedgen.integrations import serving_pack
-from pagedgen.integrations.serving_pack import OPERATORS
-from pagedgen.values.spec import KInner
 
 HEADS, KV_HEADS, DIM, CONTEXT, SLOTS = 4, 2, 32, 96, 320
 
@@ -48,26 +45,10 @@ class Block(torch.nn.Module):
         self.attn = RadixAttention(HEADS, DIM, DIM**-0.5, KV_HEADS, 0, **options)
 
 
-class FakePack:
-    """Serves every layer, by torch."""
-
-    k_inner = KInner.DIM
-
-    def __init__(self):
-        self.attention = ReferenceAttention()
-
-    def kernels(self, layer, block_size):
-        if layer.head_dim != DIM:
-            raise SpecNotInPack(f"no kernels for {layer}")
-        return serving_pack.LayerKernels(*(layer.spec(op, block_size, self.k_inner) for op in OPERATORS))
-
-
 @pytest.fixture
-def make(monkeypatch):
+def make():
     """A runner and our backend on it."""
     from pagedgen.integrations.sglang import backend
-
-    monkeypatch.setattr(backend, "chosen_pack", FakePack)
 
     def make(page_size, **options):
         rows = torch.zeros(8, CONTEXT, dtype=torch.int32)
@@ -172,6 +153,13 @@ def test_what_no_kernel_computes_is_refused(make):
     ]:
         with pytest.raises(Unsupported, match=name):
             make(1, **options)
+
+
+def test_a_layer_that_the_pack_lacks_is_refused_with_the_command(make):
+    with pytest.raises(
+        SpecNotInPack, match=r"it has no decode-h32-q4-kv2-b16-f32-cap30(?s:.*)pagedgen build --cpu"
+    ):
+        make(16, logit_cap=30.0)
 
 
 def test_speculative_modes_are_refused(make):

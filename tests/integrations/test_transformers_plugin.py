@@ -64,7 +64,7 @@ def served(tmp_path_factory):
     @cache
     def make(k_inner):
         path = tmp_path_factory.mktemp("packs") / f"{k_inner}.pack"
-        build_pack(COMPILED[k_inner], 16, k_inner, path)
+        build_pack(COMPILED[k_inner], (16,), k_inner, path)
         return ServingPack(open_pack(path))
 
     return make

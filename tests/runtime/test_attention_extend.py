@@ -22,10 +22,11 @@ from pagedgen.runtime.attention import TORCH_DTYPES, Attention
 from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import KVCache, KVShape
 from pagedgen.runtime.kv_layout import KVLayout
+from pagedgen.runtime.kv_scales import set_scales
 from pagedgen.runtime.lengths import VARIABLE
 from pagedgen.runtime.pack import open_pack
 from pagedgen.values.manifest import Rule
-from pagedgen.values.spec import DType
+from pagedgen.values.spec import DType, KVScale, Rope
 
 SHAPE = {"head_dim": 64, "heads": (8, 2)}
 MIXED = {"alibi": True, "causality": "per_sequence", "head_dim_v": 32}
@@ -432,6 +433,72 @@ def test_merge_goes_by_its_rows_and_sinks(pack_of, make_spec):
         attention.merge(outs, lses, sinks=sinks, spec=plain)
     with pytest.raises(SpecNotInPack, match=r"spec = decode-.*: a spec of merge is expected"):
         attention.merge(outs, lses, spec=make_spec(64, (8, 2), 16))
+
+
+@pytest.mark.parametrize("scale", ["tensor", "head"])
+def test_scales_are_set_by_the_first_tokens(pack_of, make_spec, scale):
+    """By the method, by the operator and by a pack's kernel: the same; later tokens change nothing."""
+    spec = make_spec(64, (2, 2), 1, kv="fp8_e4m3", scale=scale, op="kv_scales")
+    attention, calls = pack_of(spec, make_spec(64, (2, 2), 16)), []
+
+    def call(new_k, new_v, slots, k_scale, v_scale, variant):
+        calls.append(variant)
+        for new, given in ((new_k, k_scale), (new_v, v_scale)):
+            set_scales(new, slots, given, torch.float8_e4m3fn)
+
+    attention.kernel(spec).call = call
+    shape = KVShape(2, 2, 64, 16, DType.FP8_E4M3, KVScale(scale))
+    caches = [KVCache(shape, 5, attention=a, dynamic_scales=True) for a in (None, attention, attention)]
+    k, v = torch.randn(5, 2, 64).half(), 7 * torch.randn(5, 2, 64).half()
+    k[4], k[3, 0, 0] = 1000, float("inf")  # a token that is not kept, and what no scale is made for
+    slots = torch.tensor([3, 17, 79, 0, -1])
+    compiled = torch.compile(
+        lambda k, v, slots: ops.store_kv(caches[2], 1, k, v, slots), fullgraph=True, backend="aot_eager"
+    )
+    for factor in (1, 50):
+        for cache in caches[:2]:
+            cache.write_kv(1, k * factor, v * factor, slots)
+        compiled(k * factor, v * factor, slots)
+    kept = k[:4].masked_fill(k[:4].isinf(), 0).float().abs()
+    want = kept.amax() if scale == "tensor" else kept.amax((0, 2))
+    assert torch.equal(caches[0].k_scale[1], (want / 224).view(-1)) and not caches[0].k_scale[0].any()
+    for cache in caches[1:]:
+        assert torch.equal(cache.k_scale, caches[0].k_scale) and torch.equal(cache.v_scale, caches[0].v_scale)
+        assert torch.equal(cache.storage[:, :, :5], caches[0].storage[:, :, :5])
+    assert calls == [-1] * 4
+    caches[0].write_kv(0, k, v, torch.full_like(slots, -1))
+    assert not caches[0].k_scale[0].any()  # nothing was kept
+    caches[0].write_kv(0, 0 * v, v, slots)
+    assert (caches[0].k_scale[0] == 1).all() and (caches[0].v_scale[0] != 1).all()
+    with pytest.raises(InvalidPool, match="dynamic_scales = True: False is allowed for f16"):
+        KVCache(KVShape(1, 1, 64), 3, dynamic_scales=True)
+    with pytest.raises(ArgumentError, match=r"new_k\.device = cpu:0: a cuda device is expected"):
+        pack_of(spec).kv_scales(k, v, slots, torch.zeros(1), torch.zeros(1), spec=spec)
+    with pytest.raises(SpecNotInPack, match=r"spec = decode-.*: a spec of kv_scales is expected"):
+        attention.kv_scales(k, v, slots, torch.zeros(1), torch.zeros(1), spec=make_spec(64, (2, 2), 16))
+
+
+def test_k_is_turned_by_kernels_that_say_so(pack_of, make_spec, monkeypatch):
+    plain = make_spec(64, (2, 2), 16, op="write_kv")
+    turning = replace(plain, rope=Rope.NEOX, rotary_dim=32)
+    attention, calls = pack_of(plain, turning), []
+    for spec in (plain, turning):
+        attention.kernel(spec).call = lambda *arguments, spec=spec: calls.append((spec, arguments[8:]))
+    pool, new = torch.zeros(4, 16, 2, 64).half(), torch.zeros(3, 2, 64).half()
+    slots, positions, cos_sin = torch.tensor([0, 5, -1]), torch.tensor([1, 9, 70]), torch.zeros(10, 32)
+    attention.write_kv(new, new, slots, pool, pool)
+    attention.write_kv(new, new, slots, pool, pool, positions=positions, cos_sin=cos_sin)
+    assert [spec for spec, _ in calls] == [plain, turning]
+    assert calls[0][1] == () and calls[1][1][0] is positions and calls[1][1][1] is cos_sin
+    with pytest.raises(
+        ArgumentError, match="positions: None is expected, since write_kv-h64-kv2-b16-f16 has none"
+    ):
+        attention.write_kv(new, new, slots, pool, pool, positions=positions, cos_sin=cos_sin, spec=plain)
+    monkeypatch.setenv(VARIABLE, "1")
+    checked = Attention(attention.pack)
+    with pytest.raises(ArgumentError, match=r"positions\[1\] = 10: 0 to 9 is allowed"):
+        checked.write_kv(new, new, slots, pool, pool, positions=positions + 1, cos_sin=cos_sin)
+    assert not KVCache(KVShape(1, 2, 64), 3, attention=pack_of(turning)).writer(new, new)
 
 
 def test_slots_and_pairs_are_checked_where_that_is_asked_for(pack_of, make_spec, monkeypatch):

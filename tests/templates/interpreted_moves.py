@@ -16,7 +16,7 @@ from pagedgen.compiler.triton import load_source
 from pagedgen.compiler.verify import gate
 from pagedgen.values.target import Target
 
-HOST = Target("interpreter", "cuda", "sm_90", 4, fp8_convert=True)
+HOST = Target("interpreter", "cuda", "sm_80", 4)  # no inline assembly
 
 
 def as_bytes(tensor):
@@ -30,15 +30,19 @@ class Interpreted:
         self.spec, self.tile_m = spec, schedule.int("tile_m")
         self.kernel = getattr(load_source(render(spec, HOST, schedule).text, folder), f"paged_{spec.op}")
 
-    def write_kv(self, rows_k, rows_v, slots, k, v, k_scale, v_scale, variant):
+    def write_kv(self, rows_k, rows_v, slots, k, v, k_scale, v_scale, variant, *turns):
         rows_k, rows_v, k, v = map(as_bytes, (rows_k, rows_v, k, v))
         scales = [] if k_scale is None else [k_scale, v_scale]
         strides = [*rows_k.stride()[:2], *rows_v.stride()[:2], *k.stride()[:3], *v.stride()[:3]]
         rows = len(rows_k) * self.spec.num_kv_heads
         grid = (-(-rows // self.tile_m),)
-        self.kernel[grid](rows_k, rows_v, slots, k, v, *scales, len(rows_k), *strides)
+        self.kernel[grid](rows_k, rows_v, slots, k, v, *scales, *turns, len(rows_k), *strides)
 
     gather = write_kv
+
+    def kv_scales(self, new_k, new_v, slots, k_scale, v_scale, variant):
+        strides = [*new_k.stride()[:2], *new_v.stride()[:2]]
+        self.kernel[(len(k_scale),)](new_k, new_v, slots, k_scale, v_scale, len(new_k), *strides)
 
     def merge(self, outs, lses, out, lse, variant, *sinks):
         strides = [*outs.stride()[:3], *lses.stride(), *out.stride()[:2]]

@@ -15,19 +15,24 @@ from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.errors import Unsupported
 
 WRITE, GATHER, COPY = {"op": "write_kv"}, {"op": "gather"}, {"op": "copy_blocks"}
-MERGE = {"op": "merge", "block_size": 1}
+MERGE, SCALES = {"op": "merge", "block_size": 1}, {"op": "kv_scales", "block_size": 1}
 SPECS = [
     {**WRITE, "heads": (2, 2), "head_dim": 64},
     {**WRITE, "heads": (3, 3), "head_dim": 80, "block_size": 1, "kv": "fp8_e4m3"},
     {**WRITE, "heads": (2, 2), "head_dim": 40, "block_size": 7, "kv": "fp8_e4m3", "scale": "head"},
     {**WRITE, "heads": (1, 1), "head_dim": 64, "kv": "fp8_e5m2"},
     {**WRITE, "heads": (2, 2), "head_dim": 64, "q": "f32", "kv": "fp8_e5m2", "scale": "head"},
+    {**WRITE, "heads": (2, 2), "head_dim": 64, "rope": "neox"},
+    {**WRITE, "heads": (3, 3), "head_dim": 80, "q": "f32", "rope": "gptj", "rotary_dim": 24},
+    {**WRITE, "heads": (2, 2), "head_dim": 80, "kv": "fp8_e4m3", "rope": "neox", "rotary_dim": 40},
     {**GATHER, "heads": (2, 2), "head_dim": 64},
     {**GATHER, "heads": (3, 3), "head_dim": 80, "block_size": 1, "kv": "fp8_e4m3"},
     {**GATHER, "heads": (2, 2), "head_dim": 40, "block_size": 7, "q": "fp8_e4m3"},
     {**GATHER, "heads": (2, 2), "head_dim": 64, "q": "f32", "kv": "fp8_e5m2", "scale": "head"},
     {**COPY, "heads": (2, 2), "head_dim": 64},
     {**COPY, "heads": (1, 1), "head_dim": 40, "block_size": 1, "q": "fp8_e4m3"},
+    {**SCALES, "heads": (3, 3), "head_dim": 64, "kv": "fp8_e4m3"},
+    {**SCALES, "heads": (2, 2), "head_dim": 80, "q": "f32", "kv": "fp8_e5m2", "scale": "head"},
     {**MERGE, "heads": (3, 3), "head_dim": 64},
     {**MERGE, "heads": (2, 2), "head_dim": 80, "q": "f32", "sinks": True},
     {**COPY, "heads": (8, 8), "head_dim": 128, "head_dim_v": 64, "q": "f32"},

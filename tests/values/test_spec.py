@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pagedgen.errors import InvalidValue, MalformedFile
 from pagedgen.values import codec
-from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op, parse_dtype
+from pagedgen.values.spec import MOVES, Causality, DType, KernelSpec, KInner, KVScale, Op, Rope, parse_dtype
 
 GOOD = {
     "op": Op.DECODE,
@@ -31,6 +31,9 @@ def specs(draw) -> KernelSpec:
     if op is Op.MERGE:
         dim, heads, sinks = draw(st.integers(4, 32)) * 8, draw(st.integers(1, 64)), draw(st.booleans())
         return KernelSpec(op, dim, heads, heads, 1, q_dtype, q_dtype, sinks=sinks)
+    if op is Op.KV_SCALES:
+        heads, kv_dtype = draw(st.integers(1, 64)), draw(st.sampled_from([DType.FP8_E4M3, DType.FP8_E5M2]))
+        return KernelSpec(op, 64, heads, heads, 1, q_dtype, kv_dtype, KVScale.HEAD)
     scales = [KVScale.TENSOR, KVScale.HEAD] if kv_dtype.is_fp8 else [KVScale.NONE]
     as_stored = op is Op.COPY_BLOCKS or (op is Op.GATHER and draw(st.booleans()))
     if as_stored:
@@ -227,6 +230,34 @@ def test_moves_that_leave_kv_as_it_is_stored():
     ):
         with pytest.raises(InvalidValue, match=message):
             KernelSpec(**{**pool, "op": op, **change})
+
+
+def test_rope_is_for_write_kv():
+    right = {**GOOD, "op": Op.WRITE_KV, "num_q_heads": 8, "rope": Rope.GPTJ}
+    assert KernelSpec(**right, rotary_dim=64).name == "write_kv-h128-kv8-b16-bf16-gptj64"
+    assert KernelSpec(**right, rotary_dim=128) == KernelSpec(**right)
+    for change, message in (
+        ({"op": Op.GATHER}, "rope = 'gptj': 'none' is allowed: write_kv alone turns K"),
+        ({"op": Op.DECODE}, "rope = 'gptj': 'none' is allowed"),
+        ({"rope": Rope.NONE, "rotary_dim": 64}, "rotary_dim = 64: None is allowed without rope"),
+        ({"rotary_dim": 130}, r"rotary_dim = 130: 2 to head_dim \(128\) is allowed"),
+        ({"rotary_dim": 63}, "rotary_dim = 63: an even number is allowed"),
+    ):
+        with pytest.raises(InvalidValue, match=message):
+            KernelSpec(**{**right, **change})
+
+
+def test_scales_are_set_for_fp8_pools_alone():
+    right = {**GOOD, "op": Op.KV_SCALES, "num_q_heads": 8, "block_size": 1}
+    right |= {"kv_dtype": DType.FP8_E5M2, "kv_scale": KVScale.HEAD}
+    assert KernelSpec(**right).name == "kv_scales-h128-kv8-b1-bf16-kvf8e5m2-headscale"
+    for change, message in (
+        ({"block_size": 16}, "block_size = 16: 1 is allowed: kv_scales has no pool"),
+        ({"k_inner": KInner.TOKEN}, "k_inner = .*: dim is allowed: kv_scales has no pool"),
+        ({"kv_dtype": DType.BF16, "kv_scale": KVScale.NONE}, "kv_dtype = 'bf16': an fp8 type is allowed"),
+    ):
+        with pytest.raises(InvalidValue, match=message):
+            KernelSpec(**{**right, **change})
 
 
 def test_merge_has_no_pool():
