@@ -64,6 +64,7 @@ FAVOURITES = 2  # of the model's, tried first
 NEAREST = 3  # to the default, tried first: where the model's favourites all spill, some of these do not
 ENOUGH = 0.97  # share of what the memory can deliver at which the search ends
 RESERVED = 0.25  # share of the budget that is kept for the finalists
+LOST = 0.05  # share of a shared study's trials in a batch at most: what a killed worker loses is done again
 
 
 class Effort(StrEnum):
@@ -252,6 +253,9 @@ class _Run:
         identity = self._identity()
         name = study or f"{spec.name} on {target.name}, {content_hash(tuple(identity.values()))[:8]}"
         self.place = Place(storage, name) if storage is not None else None
+        self.batch = plan.batch
+        if self.place is not None:
+            self.batch = max(1, min(plan.batch, math.floor(LOST * plan.trials)))
         self.device = device_name(target.kind)
         self.bandwidth = Bandwidth(0.0, 0.0)
         self.rejected: list[Rejection] = []
@@ -327,7 +331,7 @@ class _Run:
                     pruned(ranked, self.plan.trials, self.spec.name),
                     self._evaluate,
                     trials=trials,
-                    batch=self.plan.batch,
+                    batch=self.batch,
                     seed=self.seed,
                     start=self._start(ranked),
                     predicted=ranked,

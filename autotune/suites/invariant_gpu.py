@@ -1,13 +1,14 @@
 """The ``invariant-gpu`` suite: batch-invariant decode on this GPU beside what is free to follow the batch.
 
 A batch-invariant kernel splits every sequence by its own length, leaves more partial results, and is one for
-all batches, where the free ones are picked for each. Its candidates here are the free kernel of
-:data:`BASE` with fixed splits of several lengths; the one with the best mean over the batches is named. Every
-kernel passes the gate first, which for these compares bits of sequences alone and in random batches.
+all batches, where the free ones are picked for each. Of its candidates, :data:`TILES` with :data:`SPLITS`,
+the one with the best mean over the batches is named. Every kernel passes the gate first, which for these
+compares bits of sequences alone and in random batches.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,12 +20,12 @@ from pagedgen.autotune.device import device_of
 from pagedgen.autotune.roofline import gpu_read_gbs
 from pagedgen.autotune.select import ONE_FOR_ALL, select
 from pagedgen.autotune.suites import Note
-from pagedgen.autotune.suites.contest import contest, ours, pick
+from pagedgen.autotune.suites.contest import contest, ours
 from pagedgen.autotune.suites.decode_gpu import BF16, Job, compile_picks, rows
 from pagedgen.autotune.suites.report import Case, Report, Row
 from pagedgen.autotune.tune import MEASURE_S, Workshop
 from pagedgen.compiler.render import render
-from pagedgen.compiler.space import is_legal
+from pagedgen.compiler.space import default_schedule, is_legal
 from pagedgen.errors import DeviceMissing, PagedgenError
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
@@ -34,25 +35,30 @@ from pagedgen.values.workload import Workload
 
 ROUNDS = 12
 FREE = "free"
-BASE = Workload.uniform(32, 8192)
-SPLITS = tuple((part, waves) for part in (256, 512) for waves in (2, 4, 8))
+TILES = ((64, 2, 2), (64, 2, 3), (64, 4, 3), (128, 4, 3))  # tile, warps, stages
+SPLITS = ((256, 2), (512, 2), (512, 4))  # tokens of a part, waves
 
 
 def jobs() -> tuple[Job, ...]:
-    """The batches of ``decode-gpu`` in float16 and FP8; the specs are those of free kernels."""
-    return tuple(replace(job, rounds=ROUNDS, with_peers=False) for job in rows() if job.spec.q_dtype != BF16)
+    """``decode-gpu``'s batches of 32/8 heads in float16 and FP8; the specs are those of free kernels."""
+    return tuple(
+        replace(job, rounds=ROUNDS, with_peers=False)
+        for job in rows()
+        if job.spec.q_dtype != BF16 and (job.spec.num_q_heads, job.spec.num_kv_heads) == (32, 8)
+    )
 
 
 def candidates(spec: KernelSpec, target: Target) -> tuple[tuple[str, Schedule], ...]:
-    """Names and schedules of batch-invariant kernels of a free spec: its pick with fixed splits."""
-    base = dict(pick(spec, target, BASE).schedule.choices)
+    """Names and schedules of batch-invariant kernels of a free spec."""
     invariant = replace(spec, batch_invariant=True)
+    base = dict(default_schedule(invariant, target).choices)
     found = []
-    for part, waves in SPLITS:
-        fixed = {**base, "split": "fixed", "part": part, "max_parts": 32, "waves": waves}
-        schedule = Schedule.of("triton-decode", **fixed)
+    for (tile, warps, stages), (part, waves) in itertools.product(TILES, SPLITS):
+        own = {"tile": tile, "num_warps": warps, "num_stages": stages, "part": part, "waves": waves}
+        schedule = Schedule.of("triton-decode", **{**base, **own})
         if is_legal(invariant, target, schedule):
-            found.append((f"parts of {part}, {waves} waves", schedule))
+            name = f"tile {tile}, {warps} warps, {stages} stages, parts of {part}, {waves} waves"
+            found.append((name, schedule))
     return tuple(found)
 
 
@@ -83,7 +89,7 @@ def run(note: Note) -> Report:
     todo = jobs()
     specs = tuple(dict.fromkeys(job.spec for job in todo))
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        compile_picks([*todo, *(replace(job, workload=BASE) for job in todo)], target, shop, note)
+        compile_picks(todo, target, shop, note)
         fixed = [
             render(replace(spec, batch_invariant=True), target, schedule)
             for spec in specs

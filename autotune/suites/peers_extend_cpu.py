@@ -91,12 +91,14 @@ def flex_call(spec: KernelSpec, inputs: Inputs) -> Call:
     gathered = [tokens_of(spec, inputs, row) for row in range(count)]
     k, v = (torch.stack([pair[i] for pair in gathered]).transpose(1, 2).contiguous() for i in range(2))
     q = inputs.q.view(count, queries, spec.num_q_heads, spec.head_dim).transpose(1, 2).contiguous()
+    if k_scale != 1:
+        q = q * k_scale  # a scale of its own in every input would be compiled anew
     out = inputs.out.view(count, queries, spec.num_q_heads, spec.head_dim)
     compiled = torch.compile(flex_attention)
 
     def call() -> None:
         attended = compiled(
-            q, k, v, block_mask=mask, scale=inputs.softmax_scale * k_scale, enable_gqa=spec.group_size > 1
+            q, k, v, block_mask=mask, scale=inputs.softmax_scale, enable_gqa=spec.group_size > 1
         )
         out.copy_(attended.transpose(1, 2))
         if v_scale != 1:

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-REQUESTS, PROMPT, NEW_TOKENS, ROUNDS = 16, 1025, 64, 3
+REQUESTS, CONTEXT, PROMPT, NEW_TOKENS, ROUNDS = 16, 1025, 257, 64, 3
 MODEL = {
     "hidden_size": 1024,
     "intermediate_size": 2048,
@@ -61,19 +61,22 @@ def inside(folder: Path) -> None:
     )  # fmt: skip
     draw = random.Random(0)
 
-    def new_prompts() -> list[Any]:
+    def prompts_of(length: int) -> list[Any]:
         return [
-            {"prompt_token_ids": [draw.randrange(3, 500) for _ in range(PROMPT)]} for _ in range(REQUESTS)
+            {"prompt_token_ids": [draw.randrange(3, 500) for _ in range(length)]} for _ in range(REQUESTS)
         ]
 
     def generate(prompts: list[Any], tokens: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         llm.generate(prompts, sampling, use_tqdm=False)
 
-    known = new_prompts()
+    known = prompts_of(CONTEXT)
     generate(known, 2)
     rounds = []
-    for kind, prompts, tokens in [("prompts", new_prompts(), 1), *[("decode", known, NEW_TOKENS)] * ROUNDS]:
+    for kind, prompts, tokens in [
+        *[("decode", known, NEW_TOKENS)] * ROUNDS,
+        *(("prompts", prompts_of(PROMPT), 1) for _ in range(2)),
+    ]:
         llm.collective_rpc("attention_times")
         calls = llm.collective_rpc("attention_calls")[0]
         start = time.perf_counter()
@@ -118,7 +121,13 @@ def main() -> None:
             "date": str(date.today()),
             **versions,
         }
-        shape = {"requests": REQUESTS, "prompt": PROMPT, "new_tokens": NEW_TOKENS, **MODEL}
+        shape = {
+            "requests": REQUESTS,
+            "context": CONTEXT,
+            "prompt": PROMPT,
+            "new_tokens": NEW_TOKENS,
+            **MODEL,
+        }
         options.json.write_text(
             json.dumps({"environment": environment, "shape": shape, "runs": runs}, indent=1)
         )

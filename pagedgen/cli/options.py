@@ -85,7 +85,9 @@ class Job:
         explicit = own_shape and model is None
         if ops is not None:
             if explicit:
-                shape = replace(shape, sliding_window=0, window_layers=0, logit_softcap=0.0, sinks=False)
+                shape = replace(
+                    shape, sliding_window=0, window_layers=0, logit_softcap=0.0, sinks=False, alibi=False
+                )
             label = f"h{dims[0]}-q{q_heads[0]}-kv{kv_heads[0]}" if explicit else shape.name
             return cls(where, shape.serving_specs(specs, operators(ops)), label, serving=True)
         label = f"h{dims[0]}-q{q_heads[0]}-kv{kv_heads[0]}" if explicit else shape.name

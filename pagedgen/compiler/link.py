@@ -152,7 +152,7 @@ def _own_fields(schedule: Schedule) -> tuple[str, ...]:
         return str(schedule.int("tile_m")), str(schedule.int("waves"))
     if schedule.template != "triton-decode":
         return (str(schedule.int("tile_m")),)
-    even, pdl = schedule["split"] not in ("pieces", "walk"), schedule.int("pdl") == 1
+    even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
     own = str(schedule.int("waves")), str(even).lower(), str(pdl).lower()
     return (*own, str(schedule.int("max_parts"))) if schedule["split"] == "fixed" else own
 

@@ -39,6 +39,7 @@ class Layer:
     window: int | None = None
     logits_soft_cap: float | None = None
     sinks: bool = False
+    alibi: bool = False
 
     def spec(self, op: Op, block_size: int, k_inner: KInner) -> KernelSpec:
         """The spec of an operator for this layer.
@@ -55,6 +56,7 @@ class Layer:
         return KernelSpec(
             op, self.head_dim, self.num_q_heads, self.num_kv_heads, block_size, self.q_dtype, self.kv_dtype,
             scale, k_inner, window=self.window, logits_soft_cap=self.logits_soft_cap, sinks=self.sinks,
+            alibi=self.alibi,
         )  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def command(layer: Layer, block_size: int, k_inner: KInner, target: str) -> str:
     types = (
         f"--block-size {block_size} --q-dtype {layer.q_dtype} --kv-dtype {layer.kv_dtype} --k-inner {k_inner}"
     )
-    if layer.window is None and layer.logits_soft_cap is None and not layer.sinks:
+    if not layer.spec(Op.DECODE, block_size, k_inner).masks:
         heads = f"--num-q-heads {layer.num_q_heads} --num-kv-heads {layer.num_kv_heads}"
         ops = f"--ops {','.join(OPERATORS)}"
         return f"pagedgen build {where} --head-dim {layer.head_dim} {heads} {types} {ops} --out model.pack"

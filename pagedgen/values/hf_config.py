@@ -58,6 +58,7 @@ def attention_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "window_layers": window_layers,
         "logit_softcap": float(text.get("attn_logit_softcapping") or 0.0),
         "sinks": text.get("model_type") == "gpt_oss",
+        "alibi": _alibi(text),
     }
 
 
@@ -89,6 +90,13 @@ def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
         allowed = f"without head_dim, a multiple of num_attention_heads ({heads}) is expected"
         raise InvalidValue("hidden_size", hidden, allowed)
     return hidden // heads
+
+
+def _alibi(config: Mapping[str, Any]) -> bool:
+    """Whether heads have slopes: all BLOOMs, MPTs and Falcons that say so (MPT's own default is to)."""
+    if config.get("model_type") == "mpt":
+        return bool((config.get("attn_config") or {}).get("alibi", True))
+    return config.get("model_type") == "bloom" or bool(config.get("alibi"))
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

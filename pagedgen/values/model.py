@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,8 @@ class Model:
     """What attention needs to know of a model; heads are those of one rank once :meth:`shard` was called.
 
     ``sliding_window`` is in tokens and holds for ``window_layers`` of the layers; ``logit_softcap`` is 0
-    where scores are not capped; ``sinks`` says that every head has a learned sink.
+    where scores are not capped; ``sinks`` says that every head has a learned sink, ``alibi`` that every head
+    has a slope.
 
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
@@ -38,12 +39,13 @@ class Model:
     logit_softcap: float = 0.0
     sinks: bool = False
     source: str = ""
+    alibi: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
-        for field in ("num_layers", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim"):
-            value = getattr(self, field)
+        for name in ("num_layers", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim"):
+            value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise InvalidValue(field, value, "a positive integer is expected")
+                raise InvalidValue(name, value, "a positive integer is expected")
         if self.num_q_heads % self.num_kv_heads:
             allowed = f"a multiple of num_kv_heads ({self.num_kv_heads}) is allowed"
             raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
@@ -96,6 +98,8 @@ class Model:
             said.append(f"scores are capped at {self.logit_softcap:g}; specs without masks do not cap them")
         if self.sinks:
             said.append("heads have learned sinks; specs without masks have none")
+        if self.alibi:
+            said.append("heads have ALiBi slopes; specs without masks have none")
         if said:
             said.append("pagedgen build --model makes a pack with all of it")
         return tuple(f"{self.name}: {sentence}" for sentence in said)
@@ -120,7 +124,12 @@ class Model:
                 continue
             for window in windows:
                 cap = self.logit_softcap or None
-                masks = {"window": window or None, "logits_soft_cap": cap, "sinks": self.sinks}
+                masks = {
+                    "window": window or None,
+                    "logits_soft_cap": cap,
+                    "sinks": self.sinks,
+                    "alibi": self.alibi,
+                }
                 found[replace(shape, op=op, **masks)] = None  # type: ignore[arg-type]
         return tuple(found)
 

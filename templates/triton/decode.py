@@ -354,7 +354,9 @@ class TritonDecode(Family):
             pieces, splits = cdiv(tiles, share), cdiv(cdiv(max(lens), tile), share) + 1
         elif schedule["split"] == "fixed":
             parts = [cdiv(n, self._part(schedule, n)) for n in lens]
-            pieces, splits = min(partitions, sum(parts)), max(parts)
+            chunk = max(cdiv(cdiv(max(1, sum(lens)), partitions), tile) * tile, self._min_chunk(tile))
+            pieces = sum(min(p, cdiv(n, chunk)) for p, n in zip(parts, lens, strict=True))
+            splits = max(parts)
             partial_bytes = 8 * sum(parts) * spec.num_q_heads * spec.v_dim  # written, and read again
         else:
             chunk = cdiv(cdiv(max(1, sum(lens)), partitions), tile) * tile

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from pagedgen.autotune import warm
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.kernel_hash import kernel_hash
@@ -116,6 +117,21 @@ def combined() -> tuple[Recording, ...]:
             )
         )
     return tuple(found)
+
+
+def neighbours(recording: Recording, count: int) -> list[Schedule]:
+    """What was fastest on the same batches for the nearest other spec: as `warm.guesses` would guess."""
+    space = tuple(recording.times)
+    others = [r for r in (*recordings(), *combined()) if r.workloads == recording.workloads]
+    others = sorted(
+        (r for r in others if r.spec != recording.spec), key=lambda r: warm._distance(r.spec, recording.spec)
+    )
+    found = [
+        warm._legal(schedule, dict(schedule.choices), set(space), space)
+        for other in others
+        for schedule in sorted(other.times, key=lambda s: other.times[s])[:count]
+    ]
+    return list(dict.fromkeys(found))[:count]
 
 
 def _mean(values: list[float]) -> float:

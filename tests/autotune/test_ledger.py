@@ -32,7 +32,7 @@ from pagedgen.values.schedule import Schedule
 HERE = Path(__file__).parent
 SPACE = tuple(Schedule.of("t", tile=2**t, mode=m) for t in range(4, 8) for m in "abc")
 GRID = Grid(SPACE)
-TRIALS = 48
+TRIALS = 96  # as many as `quick` tries
 FORK = multiprocessing.get_context("fork")  # fresh interpreters would import torch for seconds each
 
 
@@ -251,7 +251,7 @@ def check(crew: Crew, killed: int) -> None:
     lost = {name for pid, name in crew.timed() if pid == killed}
     again = {name for name, count in counts.items() if count > 1}
     assert again <= lost and len(again) <= 3  # only what the dead one had timed and not told
-    assert len(schedules) <= TRIALS * 1.05 + 1
+    assert len(schedules) <= TRIALS * 1.05
 
 
 def test_three_workers_on_one_journal_one_killed(tmp_path: Path, journal: str) -> None:

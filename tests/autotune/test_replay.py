@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -10,25 +11,28 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from recorded import Recording, Replay, combined, recordings
+from recorded import Recording, Replay, combined, neighbours, recordings
 
 from pagedgen.autotune.grid import Grid
 from pagedgen.autotune.ledger import Ledger
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.search import Found, Stop, search
-from pagedgen.autotune.tune import FAVOURITES, pruned
+from pagedgen.autotune.tune import pruned
 
 CASES = (*recordings(), *combined())
-# Latency, bandwidth, many short ones and the mean of all; fp16 and fp8, blocks of 16 and 64.
-STEADY = tuple(CASES[i] for i in (0, 2, 6, 14, 17))
+# All but three: 8x4096 in fp16, of which one schedule of 255 is within 1% of the best (8 of 10 seeds end
+# there), 128x1024 in fp8, of which two of 244 are, unlike what the neighbours have (2 of 10), and the mean of
+# all in fp16, of whose 85 schedules 12 are tried (8 of 10).
+STEADY = tuple(case for i, case in enumerate(CASES) if i not in (3, 7, 15))
 
 
 def run(
     recording: Recording, replay: Replay, seed: int, trials: int | None = None, **options: object
 ) -> Found:
-    """As the tuner searches: the model's favourites and random ones in the first batch, then ten batches."""
+    """As the tuner searches: first what neighbouring specs chose, the model's favourite and a random one."""
     predicted = dict(recording.predicted)
-    favourites = sorted(predicted, key=predicted.__getitem__)[:FAVOURITES]
+    favourite = min(predicted, key=predicted.__getitem__)
+    drawn = random.Random(0).sample(sorted(recording.times), 10)[seed]  # another one for each seed
     trials = len(predicted) * 15 // 100 if trials is None else trials
     return search(
         tuple(recording.times),
@@ -36,7 +40,7 @@ def run(
         trials=trials,
         batch=max(4, trials // 10),
         seed=seed,
-        start=favourites,
+        start=list(dict.fromkeys([*neighbours(recording, 2), favourite, drawn])),
         predicted=predicted,
         **options,
     )

@@ -167,10 +167,13 @@ def test_a_device_that_is_lost_ends_the_run_and_nobody_is_charged(fakes, databas
 
 def test_runs_of_one_study_share_it_and_read_one_result(fakes, database, cpu, tmp_path) -> None:
     storage = str(tmp_path / "study.log")
-    first = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=database, storage=storage)
-    elsewhere = Database(
-        tmp_path / "other", tmp_path / "shipped", fake_kernel
-    )  # another host, with records of its own
+    events: list[Event] = []
+    options = {"effort": "standard", "database": database, "storage": storage}
+    first = tune(SPEC, cpu, [SHORT, LONG], **options, progress=events.append)
+    batches = [len(e.outcomes) for e in events if isinstance(e, Tried)]
+    assert batches == [1] * 20, "a worker that is killed costs at most 5% of the trials"
+    # another host, with records of its own
+    elsewhere = Database(tmp_path / "other", tmp_path / "shipped", fake_kernel)
     second = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=elsewhere, storage=storage)
     assert second.counts.compiled == second.counts.timed == 0
     assert second.selection == first.selection and second.records == first.records

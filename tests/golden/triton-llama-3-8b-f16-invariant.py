@@ -48,28 +48,45 @@ def paged_decode(
     head_program = tl.program_id(0) % 8  # neighbours read other heads of the same tokens, near in memory
     program = tl.program_id(0) // 8
     lanes = tl.arange(0, 128)
-    num_tiles = 0  # of the batch, 64 tokens each
+    total = tl.zeros([], tl.int64)  # KV tokens of the batch
     for base in range(0, num_seqs, 128):
         lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
-        num_tiles += tl.sum((lens + 63) // 64, axis=0)
-    share = (num_tiles + partitions - 1) // partitions
-    share_begin = program * share
-    share_end = tl.minimum(share_begin + share, num_tiles)
-    if share_begin >= share_end:
+        total += tl.sum(lens.to(tl.int64), axis=0)
+    chunk = (total + partitions - 1) // partitions
+    chunk = tl.maximum((chunk.to(tl.int32) + 63) // 64 * 64, 256)
+
+    piece = program
+    seq = 0  # sequences whose pieces all come before mine
+    first_piece = 0  # the first piece of my sequence
+    num_pieces = 0  # pieces of the sequences seen so far
+    for base in range(0, num_seqs, 128):
+        lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
+        part_tiles = tl.maximum(((lens + 63) // 64 + 31) // 32, 4)
+        parts = (lens + part_tiles * 64 - 1) // (part_tiles * 64)
+        pieces = tl.maximum(tl.minimum(parts, (lens + chunk - 1) // chunk), 1)
+        at_once = tl.maximum((parts + pieces - 1) // pieces, 1)
+        pieces = (parts + at_once - 1) // at_once
+        pieces_end = num_pieces + tl.cumsum(pieces, axis=0)
+        before = pieces_end <= piece
+        seq += tl.sum(before.to(tl.int32), axis=0)
+        first_piece = tl.maximum(first_piece, tl.max(tl.where(before, pieces_end, 0), axis=0))
+        num_pieces = tl.max(pieces_end, axis=0)
+    if piece >= num_pieces:
         return
 
-    first_seq = 0  # the sequence that holds my first tile: those before it end at or before that tile
-    last_seq = 0  # the sequence that holds my last tile
-    seq_begin = 0  # the first tile of the sequence at hand
-    tiles_seen = 0
-    for base in range(0, num_seqs, 128):
-        lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
-        tiles_end = tiles_seen + tl.cumsum((lens + 63) // 64, axis=0)
-        before = tiles_end <= share_begin
-        first_seq += tl.sum(before.to(tl.int32), axis=0)
-        last_seq += tl.sum((tiles_end < share_end).to(tl.int32), axis=0)
-        seq_begin = tl.maximum(seq_begin, tl.max(tl.where(before, tiles_end, 0), axis=0))
-        tiles_seen = tl.max(tiles_end, axis=0)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    part_tiles = tl.maximum(((seq_len + 63) // 64 + 31) // 32, 4)
+    parts = (seq_len + part_tiles * 64 - 1) // (part_tiles * 64)
+    pieces = tl.maximum(tl.minimum(parts, (seq_len + chunk - 1) // chunk), 1)
+    at_once = tl.maximum((parts + pieces - 1) // pieces, 1)
+    pieces = (parts + at_once - 1) // at_once
+    num_parts = parts  # of my sequence
+    first_part = (piece - first_piece) * at_once
+    end_part = tl.minimum(first_part + at_once, num_parts)
+    part = first_part
+    part_len = part_tiles * 64
+    begin = first_part * part_len
+    end = tl.minimum(end_part * part_len, seq_len)
 
     kv_head = head_program
     heads_base = kv_head * 4
@@ -89,112 +106,109 @@ def paged_decode(
     lse_slots_ptr = partial_lse_ptr + first_slot * 4
     part_slots_ptr = partial_ptr + first_slot * 512
 
-    seq = first_seq
-    for _ in range(first_seq, last_seq + 1):
-        seq_len = tl.load(seq_lens_ptr + seq)
-        seq_tiles = (seq_len + 63) // 64
-        part_tiles = tl.maximum((seq_tiles + 31) // 32, 4)
-        num_parts = (seq_tiles + part_tiles - 1) // part_tiles
-        first_part = (tl.maximum(share_begin - seq_begin, 0) + part_tiles - 1) // part_tiles  # that begins in my share
-        end_part = tl.minimum((share_end - seq_begin + part_tiles - 1) // part_tiles, num_parts)
-        if seq == last_seq:
-            gdc_launch_dependents()  # the next kernel may start: this is my last sequence
-        for part in range(first_part, end_part):
-            begin = part * part_tiles * 64
-            end = tl.minimum(begin + part_tiles * 64, seq_len)
-            table_ptr = block_table_ptr + seq.to(tl.int64) * block_table_stride
-            last_page = (seq_len - 1) // 16
-            ids = tl.load(table_ptr + tl.minimum(begin // 16 + pages, last_page))  # [4]
-            q_base = q_ptr + seq.to(tl.int64) * q_stride_seq + q_heads.to(tl.int64) * q_stride_head
-            q_ptrs = q_base[:, None] + col0[None, :]
-            q_0 = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [16, 128]
-            scale = scores_scale
+    table_ptr = block_table_ptr + seq.to(tl.int64) * block_table_stride
+    last_page = (seq_len - 1) // 16
+    ids = tl.load(table_ptr + tl.minimum(begin // 16 + pages, last_page))  # [4]
+    q_base = q_ptr + seq.to(tl.int64) * q_stride_seq + q_heads.to(tl.int64) * q_stride_head
+    q_ptrs = q_base[:, None] + col0[None, :]
+    q_0 = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [16, 128]
+    scale = scores_scale
+    m = tl.full([16], float("-inf"), tl.float32)
+    l = tl.zeros([16], tl.float32)
+    acc_0 = tl.zeros([16, 128], tl.float32)
+    part_end = begin + part_len
+    full_end = begin + (end - begin) // 64 * 64
+    for pos in tl.range(begin, full_end, 64, num_stages=3):
+        next_ids = tl.load(table_ptr + tl.minimum((pos + 64) // 16 + pages, last_page))  # [4]
+        k_rows = (ids.to(tl.int64) * k_block)[:, None] + (slots * k_token)[None, :]
+        k_rows = tl.multiple_of(tl.reshape(k_rows, [64]), 8)
+        v_rows = (ids.to(tl.int64) * v_block)[:, None] + (slots * v_token)[None, :]
+        v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
+        k_ptrs = k_base + col0[:, None] + k_rows[None, :]
+        k0 = tl.load(k_ptrs)  # [128, 64]
+        s = tl.dot(q_0, k0)  # [16, 64]
+        m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s * scale - m_new[:, None])
+        l = l * alpha + tl.sum(p, axis=1)
+        p = p.to(tl.float16)
+        m = m_new
+        v_ptrs = v_base + v_rows[:, None] + col0[None, :]
+        v0 = tl.load(v_ptrs)  # [64, 128]
+        acc_0 = tl.dot(p, v0, acc_0 * alpha[:, None])
+        ids = next_ids
+
+        if (pos + 64 == part_end) & (part_end < end):
+            done_l = l
+            done_rows = (seq.to(tl.int64) * 32 + part) * 4 + rows
+            tl.store(lse_slots_ptr + done_rows, m + tl.log2(done_l), mask=row_ok)
+            done_factor = (1.0 / done_l)[:, None]
+            done_ptrs = part_slots_ptr + done_rows[:, None] * 128 + col0[None, :]
+            tl.store(done_ptrs, acc_0 * done_factor, mask=row_ok[:, None])
+            part += 1
+            part_end += part_len
             m = tl.full([16], float("-inf"), tl.float32)
-            l = tl.zeros([16], tl.float32)
-            acc_0 = tl.zeros([16, 128], tl.float32)
-            full_end = begin + (end - begin) // 64 * 64
-            for pos in tl.range(begin, full_end, 64, num_stages=3):
-                next_ids = tl.load(table_ptr + tl.minimum((pos + 64) // 16 + pages, last_page))  # [4]
-                k_rows = (ids.to(tl.int64) * k_block)[:, None] + (slots * k_token)[None, :]
-                k_rows = tl.multiple_of(tl.reshape(k_rows, [64]), 8)
-                v_rows = (ids.to(tl.int64) * v_block)[:, None] + (slots * v_token)[None, :]
-                v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
-                k_ptrs = k_base + col0[:, None] + k_rows[None, :]
-                k0 = tl.load(k_ptrs)  # [128, 64]
-                s = tl.dot(q_0, k0)  # [16, 64]
-                m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
-                alpha = tl.exp2(m - m_new)
-                p = tl.exp2(s * scale - m_new[:, None])
-                l = l * alpha + tl.sum(p, axis=1)
-                p = p.to(tl.float16)
-                m = m_new
-                v_ptrs = v_base + v_rows[:, None] + col0[None, :]
-                v0 = tl.load(v_ptrs)  # [64, 128]
-                acc_0 = tl.dot(p, v0, acc_0 * alpha[:, None])
-                ids = next_ids
+    if full_end < end:
+        k_rows = (ids.to(tl.int64) * k_block)[:, None] + (slots * k_token)[None, :]
+        k_rows = tl.multiple_of(tl.reshape(k_rows, [64]), 8)
+        v_rows = (ids.to(tl.int64) * v_block)[:, None] + (slots * v_token)[None, :]
+        v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
+        live = full_end + tokens < end
+        k_ptrs = k_base + col0[:, None] + k_rows[None, :]
+        k0 = tl.load(k_ptrs, mask=live[None, :], other=0)  # [128, 64]
+        s = tl.dot(q_0, k0)  # [16, 64]
+        s = tl.where(live[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s * scale - m_new[:, None])
+        l = l * alpha + tl.sum(p, axis=1)
+        p = p.to(tl.float16)
+        m = m_new
+        v_ptrs = v_base + v_rows[:, None] + col0[None, :]
+        v0 = tl.load(v_ptrs, mask=live[:, None], other=0)  # [64, 128]
+        acc_0 = tl.dot(p, v0, acc_0 * alpha[:, None])
 
-            if full_end < end:
-                k_rows = (ids.to(tl.int64) * k_block)[:, None] + (slots * k_token)[None, :]
-                k_rows = tl.multiple_of(tl.reshape(k_rows, [64]), 8)
-                v_rows = (ids.to(tl.int64) * v_block)[:, None] + (slots * v_token)[None, :]
-                v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
-                live = full_end + tokens < end
-                k_ptrs = k_base + col0[:, None] + k_rows[None, :]
-                k0 = tl.load(k_ptrs, mask=live[None, :], other=0)  # [128, 64]
-                s = tl.dot(q_0, k0)  # [16, 64]
-                s = tl.where(live[None, :], s, float("-inf"))
-                m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
-                alpha = tl.exp2(m - m_new)
-                p = tl.exp2(s * scale - m_new[:, None])
-                l = l * alpha + tl.sum(p, axis=1)
-                p = p.to(tl.float16)
-                m = m_new
-                v_ptrs = v_base + v_rows[:, None] + col0[None, :]
-                v0 = tl.load(v_ptrs, mask=live[:, None], other=0)  # [64, 128]
-                acc_0 = tl.dot(p, v0, acc_0 * alpha[:, None])
+    gdc_launch_dependents()  # the next kernel may start: what is left here is merging
+    lse = m + tl.log2(l)  # base 2
+    acc_0 = acc_0 * (1.0 / l)[:, None]
 
-            lse = m + tl.log2(l)  # base 2
-            acc_0 = acc_0 * (1.0 / l)[:, None]
-
-            out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + heads_base.to(tl.int64) * out_stride_head
-            if num_parts == 1:
-                row_out = out_base + rows.to(tl.int64) * out_stride_head
-                out_0 = acc_0.to(tl.float16)
-                tl.store(row_out[:, None] + col0[None, :], out_0, mask=row_ok[:, None])
-            else:
-                # leave my part; the last program of this sequence to arrive merges them all
-                my_rows = (seq.to(tl.int64) * 32 + part) * 4 + rows
-                tl.store(lse_slots_ptr + my_rows, lse, mask=row_ok)
-                my_ptrs = part_slots_ptr + my_rows[:, None] * 128 + col0[None, :]
-                tl.store(my_ptrs, acc_0, mask=row_ok[:, None])
-                counter = counter_ptr + head_program * num_seqs + seq
-                tl.debug_barrier()  # every thread's stores come before the release below
-                if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
-                    tl.store(counter, 0)  # ready for the next call
-                    row = tl.arange(0, 4)
-                    dim = tl.arange(0, 128)
-                    merge_part = tl.arange(0, 8)
-                    merged_m = tl.full([4], -1e30, tl.float32)
-                    merged_l = tl.zeros([4], tl.float32)
-                    merged = tl.zeros([4, 128], tl.float32)
-                    for base in range(0, num_parts, 8):
-                        others = base + merge_part
-                        part_rows = (seq.to(tl.int64) * 32 + others)[:, None] * 4 + row[None, :]  # [8, 4]
-                        ok = (others < num_parts)[:, None]
-                        part_lse = tl.load(lse_slots_ptr + part_rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                        part_ptrs = part_slots_ptr + part_rows[:, :, None] * 128 + dim[None, None, :]
-                        part_ok = ok[:, :, None]
-                        part_out = tl.load(part_ptrs, mask=part_ok, other=0.0, cache_modifier=".cg")
-                        m_new = tl.maximum(merged_m, tl.max(part_lse, axis=0))
-                        weight = tl.exp2(part_lse - m_new[None, :])
-                        shrink = tl.exp2(merged_m - m_new)
-                        merged_l = merged_l * shrink + tl.sum(weight, axis=0)
-                        merged = merged * shrink[:, None] + tl.sum(part_out * weight[:, :, None], axis=0)
-                        merged_m = m_new
-                    merged = merged / merged_l[:, None]
-                    live = row < 4
-                    merged_ptrs = out_base + row.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
-                    ok = live[:, None]
-                    tl.store(merged_ptrs, merged.to(tl.float16), mask=ok)
-        seq_begin += seq_tiles
-        seq += 1
+    out_base = out_ptr + seq.to(tl.int64) * out_stride_seq + heads_base.to(tl.int64) * out_stride_head
+    if num_parts == 1:
+        row_out = out_base + rows.to(tl.int64) * out_stride_head
+        out_0 = acc_0.to(tl.float16)
+        tl.store(row_out[:, None] + col0[None, :], out_0, mask=row_ok[:, None])
+    else:
+        # leave my part; the last program of this sequence to arrive merges them all
+        my_rows = (seq.to(tl.int64) * 32 + part) * 4 + rows
+        tl.store(lse_slots_ptr + my_rows, lse, mask=row_ok)
+        my_ptrs = part_slots_ptr + my_rows[:, None] * 128 + col0[None, :]
+        tl.store(my_ptrs, acc_0, mask=row_ok[:, None])
+        counter = counter_ptr + head_program * num_seqs + seq
+        tl.debug_barrier()  # every thread's stores come before the release below
+        if tl.atomic_add(counter, end_part - first_part, sem="acq_rel") == num_parts - (end_part - first_part):
+            tl.store(counter, 0)  # ready for the next call
+            row = tl.arange(0, 4)
+            dim = tl.arange(0, 128)
+            merge_part = tl.arange(0, 8)
+            merged_m = tl.full([4], -1e30, tl.float32)
+            merged_l = tl.zeros([4], tl.float32)
+            merged = tl.zeros([4, 128], tl.float32)
+            for base in range(0, num_parts, 8):
+                others = base + merge_part
+                part_rows = (seq.to(tl.int64) * 32 + others)[:, None] * 4 + row[None, :]  # [8, 4]
+                ok = (others < num_parts)[:, None]
+                part_lse = tl.load(lse_slots_ptr + part_rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                part_ptrs = part_slots_ptr + part_rows[:, :, None] * 128 + dim[None, None, :]
+                part_ok = ok[:, :, None]
+                part_out = tl.load(part_ptrs, mask=part_ok, other=0.0, cache_modifier=".cg")
+                m_new = tl.maximum(merged_m, tl.max(part_lse, axis=0))
+                weight = tl.exp2(part_lse - m_new[None, :])
+                shrink = tl.exp2(merged_m - m_new)
+                merged_l = merged_l * shrink + tl.sum(weight, axis=0)
+                merged = merged * shrink[:, None] + tl.sum(part_out * weight[:, :, None], axis=0)
+                merged_m = m_new
+            merged = merged / merged_l[:, None]
+            live = row < 4
+            merged_ptrs = out_base + row.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
+            ok = live[:, None]
+            tl.store(merged_ptrs, merged.to(tl.float16), mask=ok)

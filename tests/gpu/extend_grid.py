@@ -55,6 +55,7 @@ def specs() -> tuple[KernelSpec, ...]:
     line = {"window", "attention_chunk", "causality"}  # what has no meaning in a tree
     verify = [s for s in dict.fromkeys(found) if s.op is Op.VERIFY and not line.intersection(s.masks)]
     found += [replace(spec, tree_mask=True) for spec in verify[::2]]
+    found.append(spec_of(q=BF16, batch_invariant=True))
     return tuple(dict.fromkeys(found))
 
 

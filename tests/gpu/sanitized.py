@@ -1,14 +1,15 @@
 """Kernels of every family on small batches, to be run under compute-sanitizer.
 
 ``python tests/gpu/sanitized.py build FOLDER`` compiles them, ``compute-sanitizer … sanitized.py run FOLDER``
-puts each to the gate. ``plant`` in place of ``run`` calls one kernel with a block id that is out of the pool,
-which memcheck has to find.
+puts each to the gate; operators behind FOLDER: those alone. ``plant`` in place of ``run`` calls one kernel
+with a block id that is out of the pool, which memcheck has to find.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -106,18 +107,18 @@ def build_one(job: tuple[KernelSpec, Target, Path]) -> None:
     link(binaries, (), folder / f"{spec.name}.so")
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, ops: Sequence[Op]) -> None:
     """Libraries of all specs, in parallel."""
     to = gpu_target()
-    jobs = [(spec, to, folder) for op in ops_for(to) for spec in specs(op, to)]
+    jobs = [(spec, to, folder) for op in ops for spec in specs(op, to)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         list(pool.map(build_one, jobs))
 
 
-def run(folder: Path) -> int:
+def run(folder: Path, ops: Sequence[Op]) -> int:
     """The gate on every variant; the exit status counts those that fail it."""
     to, failures = gpu_target(), 0
-    for op in ops_for(to):
+    for op in ops:
         for spec in specs(op, to):
             library = Library(folder / f"{spec.name}.so")
             for variant, schedule in enumerate(schedules(spec, to)):
@@ -142,10 +143,11 @@ def plant(folder: Path) -> int:
 
 def main() -> int:
     what, folder = sys.argv[1], Path(sys.argv[2])
+    ops = [Op(name) for name in sys.argv[3:]] or ops_for(gpu_target())
     if what == "build":
-        build(folder)
+        build(folder, ops)
         return 0
-    return run(folder) if what == "run" else plant(folder)
+    return run(folder, ops) if what == "run" else plant(folder)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class FakePack:
         self.pack = type("Pack", (), {"path": "fake.pack"})
 
     def check(self, layer):
-        if layer != LAYER:
+        if replace(layer, alibi=False) != LAYER:
             raise SpecNotInPack(f"no kernels for {layer}")
 
     def kernels(self, layer, block_size):
@@ -137,8 +138,6 @@ def test_views_with_k_along_tokens_share_a_block_without_overlap(make):
 
 
 def test_features_without_a_kernel_are_refused_by_name(make):
-    with pytest.raises(Unsupported, match="alibi_slopes"):
-        make(alibi_slopes=[0.1])
     with pytest.raises(Unsupported, match="attn_type = 'encoder_only'"):
         make(attn_type="encoder_only")
     with pytest.raises(Unsupported, match="kv_cache_dtype = 'int8_per_token_head'"):
@@ -194,6 +193,34 @@ def test_a_step_is_split_into_decodes_and_the_rest(make, num_decodes, cu, lens, 
         assert arguments[4].tolist() == (lens[:num_decodes] if name == "decode" else lens[num_decodes:])
     if names[-1] == "extend":
         assert calls[-1][1][5].tolist() == cu[num_decodes:]
+
+
+def test_slopes_reach_both_operators_in_float32(make):
+    implementation = make(alibi_slopes=[0.5, 0.25, 0.125, 0.0625])
+    implementation.bind(SIZE, 4, torch.device("cpu"))
+    query = torch.zeros(9, 4, DIM)
+    cache = torch.zeros(BLOCKS, HEADS, SIZE, 2 * DIM)
+    implementation.forward(
+        None, query, None, None, cache, step(2, [0, 1, 2, 9], [5, 9, 20], 9), query.clone()
+    )
+    calls = implementation._attention.calls
+    assert [name for name, _, _ in calls] == ["decode", "extend"]
+    for _, _, options in calls:
+        slopes = options["alibi_slopes"]
+        assert options["spec"].alibi and slopes.dtype == torch.float32
+        assert slopes.tolist() == [0.5, 0.25, 0.125, 0.0625]
+
+
+def test_chunked_local_attention_is_refused_by_name():
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
+
+    from pagedgen.integrations.vllm.metadata import MetadataBuilder
+
+    chunked = ChunkedLocalAttentionSpec(
+        block_size=SIZE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32, attention_chunk_size=8192
+    )
+    with pytest.raises(Unsupported, match="attention_chunk_size = 8192"):
+        MetadataBuilder(chunked, ["layer"], None, torch.device("cpu"))
 
 
 def test_profiling_computes_nothing(make):

@@ -221,12 +221,12 @@ def test_the_table_picks_and_the_grid_follows(serve, library, make_spec):
 
 
 def test_a_launch_of_fixed_splits(serve, gpu_binary, make_spec, tmp_path):
-    """Exactly `partitions` programs a KV head; a slot for each part that a sequence may have."""
+    """Programs as for pieces; a slot for each part that a sequence may have."""
     spec = make_spec(128, (32, 8), 16, "f16", batch_invariant=True)
     out = link([gpu_binary(spec, waves=4, max_parts=16)], (), tmp_path / "fixed.so")
     run = serve(out, [["decode", arguments_for(spec, variant=0)]], types=types_of(spec))
     (launch,) = run.launches
-    assert launch["grid"][0] == 132 * 4
+    assert launch["grid"][0] == 132 * 4 + 3 * 8
     got = dict(zip(names_of(spec), launch["arguments"], strict=True))
     assert (got["num_seqs"], got["partitions"]) == (3, 132 * 4 // 8)
     assert got["partial"] == 0x100000 + 8 * 3 * 16 * 4 * 4

@@ -54,7 +54,7 @@ class Interpreted:
         *extras,
     ):
         spec = self.spec
-        grid = PARTITIONS + q.shape[0] if self.split in ("pieces", "walk") else PARTITIONS
+        grid = PARTITIONS if self.split == "even" else PARTITIONS + q.shape[0]
         slots = {"even": 2 * PARTITIONS, "fixed": self.max_parts * q.shape[0]}.get(self.split, grid)
         rows = min(block_h(spec), spec.group_size)
         partial = torch.full((self.programs, slots, rows, spec.v_dim), float("nan"))

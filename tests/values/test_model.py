@@ -8,7 +8,7 @@ import pytest
 
 from pagedgen.errors import InvalidValue, MalformedFile, UnknownModel, Unsupported
 from pagedgen.values.model import decode_specs, dtype_pairs, find_model, preset, presets, read_config
-from pagedgen.values.spec import DType, KVScale
+from pagedgen.values.spec import DType, KVScale, Op
 
 LLAMA = {
     "model_type": "llama",
@@ -117,6 +117,24 @@ def test_falcon_has_one_kv_head(tmp_path):
     )
     model = read_config(path)
     assert (model.num_q_heads, model.num_kv_heads, model.head_dim) == (71, 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, False),
+        ({"model_type": "bloom"}, True),
+        ({"model_type": "mpt"}, True),
+        ({"model_type": "mpt", "attn_config": {"alibi": False}}, False),
+        ({"model_type": "falcon", "alibi": True}, True),
+        ({"model_type": "falcon", "alibi": False}, False),
+    ],
+)
+def test_slopes_are_seen_and_asked_for(tmp_path, fields, expected):
+    model = read_config(_config(tmp_path, **LLAMA | fields))
+    assert model.alibi is expected and any("ALiBi" in gap for gap in model.gaps()) is expected
+    specs = model.serving_specs(model.specs(), (Op.DECODE, Op.EXTEND, Op.WRITE_KV))
+    assert [spec.alibi for spec in specs] == [expected, expected, False]
 
 
 @pytest.mark.parametrize(

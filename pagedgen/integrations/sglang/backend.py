@@ -58,7 +58,7 @@ def layer_of(attention: RadixAttention, *, sinks: bool, q_dtype: DType, kv_dtype
     }
     for name, (value, served) in wanted.items():
         if value != served:
-            refuse(name, value, f"pagedgen's kernels serve {served!r}")
+            refuse(name, value, f"pagedgen's plug-in serves {served!r}")
     window = attention.sliding_window_size
     return Layer(
         head_dim=attention.qk_head_dim,

@@ -53,7 +53,8 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
     """Attention of one layer, and the writing of its K and V.
 
     Args are vLLM's: ``num_heads`` and ``num_kv_heads`` are those of this rank, ``sliding_window`` counts the
-    tokens a query sees, ``sinks`` is ``[num_heads]`` in any float type.
+    tokens a query sees, ``sinks`` is ``[num_heads]`` in any float type, ``alibi_slopes`` are these
+    heads' own.
 
     Raises:
         Unsupported: the layer has a feature that no kernel computes; names it.
@@ -79,8 +80,6 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
         require_version("vllm", vllm.__version__, *VERSIONS)
         if attn_type != AttentionType.DECODER:
             refuse("attn_type", attn_type, "pagedgen's kernels are those of decoder layers")
-        if alibi_slopes is not None:
-            refuse("alibi_slopes", alibi_slopes, "pagedgen's plug-in passes no slopes to the kernels")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
@@ -98,7 +97,10 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
             window=sliding_window,
             logits_soft_cap=float(logits_soft_cap) if logits_soft_cap else None,
             sinks=sinks is not None,
+            alibi=alibi_slopes is not None,
         )
+        self.alibi_slopes = alibi_slopes
+        self._slopes: torch.Tensor | None = None  # on the device once it is known
         self._pack = chosen_pack()
         self._pack.check(self.layer)
         self._attention: Attention = self._pack.attention
@@ -119,6 +121,8 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
             _workspace(self._attention, kernels.decode, num_seqs, device),
             _workspace(self._attention, kernels.extend, num_seqs, device),
         )
+        if self.alibi_slopes is not None:
+            self._slopes = torch.tensor(self.alibi_slopes, dtype=torch.float32, device=device)
         self._kernels = kernels
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -198,7 +202,8 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
                 query[:decodes], k, v, step.block_table[:decodes], step.seq_lens[:decodes],
                 out=output[:decodes],
                 softmax_scale=self.scale, k_scale=k_scale, v_scale=v_scale, sinks=self._sinks,
-                workspace=self._workspaces[0], max_seq_len=step.max_seq_len, spec=self._kernels.decode,
+                alibi_slopes=self._slopes, workspace=self._workspaces[0],
+                max_seq_len=step.max_seq_len, spec=self._kernels.decode,
             )  # fmt: skip
         if decodes < step.num_seqs:
             # Rows of decodes lie outside of what query_start_loc's rest covers, and so are none of extend's.
@@ -206,6 +211,7 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
                 query[: step.num_tokens], k, v, step.block_table[decodes:], step.seq_lens[decodes:],
                 step.query_start_loc[decodes:], out=output[: step.num_tokens],
                 softmax_scale=self.scale, k_scale=k_scale, v_scale=v_scale, sinks=self._sinks,
-                workspace=self._workspaces[1], max_seq_len=step.max_seq_len, spec=self._kernels.extend,
+                alibi_slopes=self._slopes, workspace=self._workspaces[1],
+                max_seq_len=step.max_seq_len, spec=self._kernels.extend,
             )  # fmt: skip
         return output

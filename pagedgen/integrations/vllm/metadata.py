@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from pagedgen.integrations.serving_pack import refuse
 from pagedgen.integrations.vllm.impl import PagedgenImpl
@@ -59,6 +60,9 @@ class MetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: ignore[m
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
+        if isinstance(kv_cache_spec, ChunkedLocalAttentionSpec):
+            why = "pagedgen's plug-in has no part in vLLM's cutting of batches into chunks"
+            refuse("attention_chunk_size", kv_cache_spec.attention_chunk_size, why)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         config = vllm_config.compilation_config
