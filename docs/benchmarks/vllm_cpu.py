@@ -27,7 +27,7 @@ REQUESTS, CONTEXT, PROMPT, NEW_TOKENS, ROUNDS = 16, 1025, 257, 64, 3
 MODEL = {
     "hidden_size": 1024,
     "intermediate_size": 2048,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -55,7 +55,7 @@ def inside(folder: Path) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        str(folder / "model"), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
+        str(folder / "model"), skip_tokenizer_init=True, dtype="float32", max_model_len=2048,
         max_num_seqs=REQUESTS, max_num_batched_tokens=2048, enable_prefix_caching=True, enforce_eager=True,
         kv_cache_memory_bytes=1 << 30, worker_extension_cls="vllm_worker.Extension",
     )  # fmt: skip
