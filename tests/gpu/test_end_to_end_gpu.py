@@ -44,11 +44,13 @@ def shape_of(kv: DType, layout: KVLayout) -> KVShape:
 
 
 def pack_of(kv: DType, folder: Path) -> Attention:
-    """Kernels of the three operators that serving needs."""
+    """Kernels of the four operators that serving needs."""
     heads, scale = (SIZES.q_heads, SIZES.kv_heads), KVScale.HEAD if kv.is_fp8 else KVScale.NONE
     decode = KernelSpec(Op.DECODE, SIZES.head_dim, *heads, BLOCK, DType.F16, kv, scale)
     specs = [decode, replace(decode, op=Op.EXTEND)]
     specs.append(replace(decode, op=Op.WRITE_KV, num_q_heads=SIZES.kv_heads))
+    kv_heads = (SIZES.kv_heads, SIZES.kv_heads)
+    specs.append(KernelSpec(Op.COPY_BLOCKS, SIZES.head_dim, *kv_heads, BLOCK, kv, kv))
     to = gpu_target()
     choices = [
         Choice((compile_source(render(s, to, default_schedule(s, to))),), (Rule(1 << 30, 1 << 30, 0),), ())
@@ -72,6 +74,7 @@ class Engine:
         manager, cache, device = self.manager, self.cache, self.cache.device
         pairs = manager.take_copies()
         if len(pairs):
+            assert cache.copier is not None  # nor are blocks copied by torch
             self.launches.append("copy_blocks")
             cache.copy_blocks(pairs)
         lens = [manager.length(seq) for seq, _ in work]
