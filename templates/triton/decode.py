@@ -220,6 +220,7 @@ class TritonDecode(Family):
             return (Field("split", ("pieces", "even", "walk"), "pieces", meaning),)
         return (
             Field("split", ("fixed",), "fixed", meaning),
+            # two tiles at least: the masked one at a window's edge must not be a whole part
             Field("part", (256, 512, 1024), 256, "tokens of a part of a sequence at least"),
             Field(
                 "max_parts", (16, 32, 64), 32, "parts of a sequence at most; longer ones have longer parts"

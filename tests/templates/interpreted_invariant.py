@@ -21,11 +21,11 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from pagedgen.compiler.verify_invariant import changed_bits
 from pagedgen.values.schedule import Schedule
 
-LENS = {"decode": (1, 16, 33, 75), "extend": (1, 17, 40)}
+LENS = {"decode": (1, 16, 70, 150), "extend": (1, 17, 40)}
 BASES = {
     "decode": {
         "columns": "pieces", "tile": 32, "num_warps": 4, "num_stages": 3, "waves": 4, "seq_lanes": 128,
-        "split": "fixed", "part": 32, "max_parts": 4, "merge": 32, "pdl": 0, "sums": "reduce", "max_regs": 0,
+        "split": "fixed", "part": 64, "max_parts": 4, "merge": 32, "pdl": 0, "sums": "reduce", "max_regs": 0,
         "rows": 16, "fp8_decode": "none",
     },
     "extend": {

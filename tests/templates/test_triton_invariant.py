@@ -11,7 +11,7 @@ import pytest
 
 CASES = {
     "decode-lse-sinks": ({"heads": (2, 1), "lse": True, "sinks": True}, {}, 200),
-    "decode-window": ({"heads": (2, 1), "window": 40, "block_size": 8}, {"max_parts": 2}, 20),
+    "decode-window": ({"heads": (2, 1), "window": 100, "block_size": 8}, {"max_parts": 2}, 20),
     "extend": ({"op": "extend", "heads": (3, 1), "lse": True}, {}, 200),
     "extend-chunks-window": (
         {"op": "extend", "heads": (2, 1), "window": 20, "attention_chunk": 24, "alibi": True},
