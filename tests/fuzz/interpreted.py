@@ -58,7 +58,7 @@ class Interpreted:
     def decode(self, q, k, v, table, lens, *rest) -> None:
         """As of the library; the grid and the partial results are the generated launcher's."""
         split, most = self.literals["split"], dict(self.schedule.choices).get("max_parts", 0)
-        grid = self.partitions + (len(lens) if split in ("pieces", "walk") else 0)
+        grid = self.partitions + (0 if split == "even" else len(lens))
         slots = {"even": 2 * self.partitions, "fixed": int(most) * len(lens)}.get(split, grid)
         self._run(grid * self.programs, slots * self.programs, (q, k, v, table, lens, None, *rest))
 
