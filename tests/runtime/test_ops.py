@@ -109,7 +109,8 @@ def test_an_exported_program_runs_where_its_pack_is_loaded(cpu_pack, make_spec, 
 
 
 def test_a_pack_lives_while_somebody_holds_it(cpu_pack, monkeypatch):
-    monkeypatch.setattr("pagedgen.runtime.attention._loaded", {})  # compiled code of other tests may hold the same pack
+    # Compiled code of other tests may hold the same pack.
+    monkeypatch.setattr("pagedgen.runtime.attention._loaded", {})
     attention, again = pagedgen.load(cpu_pack), pagedgen.load(cpu_pack)
     number = attention.number
     assert again.number == number and loaded(number) is again
