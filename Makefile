@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACK ?= build/llama-3-8b.cpu.pack
 
-.PHONY: help setup tune test lint clean
+.PHONY: help setup tune test test-all lint clean
 
 help:
 	@echo "make tune   tune Llama-3-8B decode for this CPU, build a pack, load it, decode with it"
@@ -30,7 +30,10 @@ tune: $(READY)
 	$(BIN)/pagedgen tune --cpu --model llama-3-8b --trace sample --effort quick --budget 8m --out $(PACK)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff format --check

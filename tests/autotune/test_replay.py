@@ -52,7 +52,10 @@ def regret_of_finalists(recording: Recording, found: Found) -> float:
     return min(recording.regret(o.schedule) for o in timed[:8])
 
 
-@pytest.mark.parametrize("recording", STEADY, ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "recording",
+    [pytest.param(r, marks=pytest.mark.slow if i >= 6 else (), id=r.name) for i, r in enumerate(STEADY)],
+)
 def test_within_1_percent_of_the_exhaustive_best_in_15_percent_of_the_space(recording: Recording) -> None:
     ways = set()
     for seed in range(10):
