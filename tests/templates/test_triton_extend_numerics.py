@@ -75,7 +75,16 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {
+    "full",
+    "full-window-alibi",
+    "per-sequence-chunk-e4m3-h64-of-v128",
+}  # 10 s and more each; the fuzzer draws the like in every run
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
+)
 def test_interpreted_kernel_passes_the_gate(name):
     """A process of its own: TRITON_INTERPRET is read when Triton is imported."""
     run = subprocess.run(

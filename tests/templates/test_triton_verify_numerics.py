@@ -57,7 +57,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {"many-seqs", "gqa7-h80-tree"}  # 10 s and more each; the fuzzer draws the like in every run
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
+)
 def test_interpreted_kernel_passes_the_gate(name):
     """A process of its own: TRITON_INTERPRET is read when Triton is imported."""
     run = subprocess.run(
