@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # in every run the fuzzer interprets kernels of the family
+
 CASES = {
     "gqa": ({"heads": (4, 1), "head_dim": 64}, {"tile": 64}),
     "block8-h80-lse": ({"heads": (5, 1), "head_dim": 80, "block_size": 8, "lse": True}, {"tile": 32}),

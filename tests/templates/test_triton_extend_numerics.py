@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # in every run the fuzzer interprets kernels of the family
+
 CASES = {
     "gqa": ({"heads": (4, 1), "head_dim": 64}, {}, 40),
     "gqa7-h80-lse": ({"heads": (14, 2), "head_dim": 80, "block_size": 8, "lse": True}, {"tile": 32}, 0),
@@ -75,16 +77,7 @@ CASES = {
 }  # fmt: skip
 
 
-SLOW = {
-    "full",
-    "full-window-alibi",
-    "per-sequence-chunk-e4m3-h64-of-v128",
-}  # 10 s and more each; the fuzzer draws the like in every run
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_passes_the_gate(name):
     """A process of its own: TRITON_INTERPRET is read when Triton is imported."""
     run = subprocess.run(

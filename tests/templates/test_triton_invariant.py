@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # in every run the fuzzer interprets kernels of the family
+
 CASES = {
     "decode-lse-sinks": ({"heads": (2, 1), "lse": True, "sinks": True}, {}, 20),
     "decode-window": ({"heads": (2, 1), "window": 100, "block_size": 8}, {"max_parts": 2}, 20),

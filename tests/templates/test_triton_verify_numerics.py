@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # in every run the fuzzer interprets kernels of the family
+
 CASES = {
     "gqa-lse": ({"heads": (4, 1), "head_dim": 64, "lse": True}, {}, 0),
     "many-seqs": ({"heads": (2, 1), "head_dim": 32}, {"tile_m": 16}, 130),
@@ -57,12 +59,7 @@ CASES = {
 }  # fmt: skip
 
 
-SLOW = {"many-seqs", "gqa7-h80-tree"}  # 10 s and more each; the fuzzer draws the like in every run
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_passes_the_gate(name):
     """A process of its own: TRITON_INTERPRET is read when Triton is imported."""
     run = subprocess.run(
