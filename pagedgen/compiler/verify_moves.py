@@ -231,8 +231,8 @@ class MergeCase:
 class ScalesCase:
     """Scales all or half of which are unset; padding tokens hold the largest values, others NaN and inf.
 
-    In the first case nothing is kept, or everything is 0: the scale stays unset, or becomes 1. What is right is
-    computed on the CPU, whose division rounds correctly whatever it divides by.
+    In the first case nothing is kept, or everything is 0: the scale stays unset, or becomes 1. What is right
+    is computed on the CPU, whose division rounds correctly whatever it divides by.
     """
 
     def __init__(self, spec: KernelSpec, count: int, pool: Pool, device: torch.device, seed: int) -> None:

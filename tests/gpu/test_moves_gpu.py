@@ -113,7 +113,7 @@ def test_kernels_pass_the_gate(tmp_path, spec):
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_scales_by_torch_are_divided_as_on_a_cpu(kind):
-    """Quotients rounded correctly: times a reciprocal, a third of these would be a unit off."""
+    """Quotients rounded correctly: times a reciprocal, most of these would be a unit off."""
     new = torch.randn(64, 512, 8, dtype=torch.bfloat16)
     slots, scales = torch.arange(64), (torch.zeros(512), torch.zeros(512, device="cuda"))
     set_scales(new, slots, scales[0], kind)
