@@ -1,6 +1,6 @@
 """vLLM on a GPU with the plug-in and with another of its backends: tokens/s, step times, first tokens.
 
-    python docs/benchmarks/vllm_gpu.py PACK [--other TRITON_ATTN] [--json FILE] [--requests 64 256] [--layers 32]
+    python docs/benchmarks/vllm_gpu.py PACK [--other TRITON_ATTN] [--requests 64 256] [--json FILE]
 
 Random weights in the shape of Llama-3-8B, bf16, one GPU. Every run is a process of its own that starts the
 engine, generates one token (the first of the process), then, for each number of requests: prompts of
@@ -51,12 +51,13 @@ def inside(options: argparse.Namespace) -> None:
         compilation["mode"] = options.mode
     if options.native_ops:
         compilation["custom_ops"] = ["none"]
-        native = dict.fromkeys(("rms_norm", "fused_add_rms_norm"), ["native"])
+        native = {name: ["native"] for name in ("rms_norm", "fused_add_rms_norm")}
         chosen["kernel_config"] = {"ir_op_priority": native}
     llm = LLM(
         options.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
         kv_cache_dtype=options.kv_cache_dtype, block_size=16, attention_backend=options.inside,
-        max_model_len=max(4096, options.context + options.new_tokens + 16), max_num_seqs=max(options.requests),
+        max_model_len=max(4096, options.context + options.new_tokens + 16),
+        max_num_seqs=max(options.requests),
         max_num_batched_tokens=options.batched_tokens, enable_prefix_caching=True,
         compilation_config=compilation, gpu_memory_utilization=0.9, **chosen,
     )  # fmt: skip
@@ -94,8 +95,8 @@ def inside(options: argparse.Namespace) -> None:
             )  # fmt: skip
         rounds[-1]["tokens"] = tokens
     result = {
-        "import_s": imported - begin, "start_s": started - imported, "first_s": firsts[0], "second_s": firsts[1],
-        "rounds": rounds,
+        "import_s": imported - begin, "start_s": started - imported,
+        "first_s": firsts[0], "second_s": firsts[1], "rounds": rounds,
     }  # fmt: skip
     Path(options.result).write_text(json.dumps(result))
 
@@ -127,7 +128,10 @@ def run(options: argparse.Namespace, backend: str, folder: Path) -> dict[str, An
 
 def alike(one: list[list[int]], other: list[list[int]]) -> dict[str, Any]:
     """How far the tokens of two runs agree."""
-    same = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x)) for x, y in zip(one, other, strict=True)]  # fmt: skip
+    same = []
+    for x, y in zip(one, other, strict=True):
+        pairs = enumerate(zip(x, y, strict=True))
+        same.append(next((i for i, (a, b) in pairs if a != b), len(x)))
     return {
         "requests": len(same),
         "first_token_same": sum(n > 0 for n in same),

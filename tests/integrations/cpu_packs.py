@@ -42,7 +42,7 @@ def pack(
     place: Path,
     target: Target | None = None,
 ) -> None:
-    """Build a pack of every operator's kernels for ``layers``, over blocks of each size; for this CPU if no target."""
+    """Build a pack of every operator's kernels for ``layers`` and block sizes; for this CPU if no target."""
     target = target or cpu_target()
     choices = []
     wanted = itertools.product(layers, OPERATORS, block_sizes)

@@ -1,7 +1,7 @@
 """Every tiny model in vLLM twice, with vLLM's own backend and with pagedgen: the tokens are the same.
 
     python vllm_end_to_end.py FOLDER        (FOLDER holds cpu_packs.py's packs; run by .ci/vllm-cpu)
-    python vllm_end_to_end.py FOLDER --gpu [--native-ops] [--json FILE]    (on a GPU, with gpu_packs.py's pack)
+    python vllm_end_to_end.py FOLDER --gpu [--native-ops] [--json FILE]    (gpu_packs.py's pack)
 
 Chunked prefill and prefix caching are on; the second round finds the prompts of the first in the cache. On a
 GPU vLLM's own backend is TRITON_ATTN, models are in f16, and runs are eager or captured in full CUDA graphs.

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--native-ops",
         action="store_true",
-        help="norms, activations, rotation by torch: no compiled extension",
+        help="norms, activations, rotation by torch",
     )
     options = parser.parse_args()
 
@@ -49,7 +49,7 @@ def main() -> None:
         compilation = {"mode": 0, "cudagraph_mode": options.graphs or "NONE"}
         if options.native_ops:
             compilation["custom_ops"] = ["none"]
-            native = dict.fromkeys(("rms_norm", "fused_add_rms_norm"), ["native"])
+            native = {name: ["native"] for name in ("rms_norm", "fused_add_rms_norm")}
             chosen["kernel_config"] = {"ir_op_priority": native}
         chosen["compilation_config"] = compilation
     llm = LLM(
