@@ -10,7 +10,7 @@ from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.templates.fp8 import FORMATS
 from pagedgen.templates.triton.decode import cdiv, next_power_of_two
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import KernelSpec, KInner, KVScale, Op, Rope
+from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op, Rope
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
@@ -101,6 +101,9 @@ class TritonWriteKV(Family):
             "is_fp8": spec.kv_dtype.is_fp8,
             "kv_dtype": spec.kv_dtype.value,
             "fp8": FORMATS.get(spec.kv_dtype),
+            "fp8_by": "cvt" if target.fp8_convert and target.kind == "cuda" else "bits",
+            "pair": "e4m3x2" if spec.kv_dtype is DType.FP8_E4M3 else "e5m2x2",
+            "by_reciprocal": spec.kv_dtype.is_fp8 and spec.q_dtype.size == 2,
             "scale_per_head": spec.kv_scale is KVScale.HEAD,
             "num_kv_heads": spec.num_kv_heads,
             "block_size": spec.block_size,
