@@ -321,8 +321,17 @@ def arguments(job: Job) -> type[Rows] | type[Unset] | type[Parts] | type[Swaps] 
 
 
 def candidates(job: Job, target: Target) -> tuple[Schedule, ...]:
-    """The schedules that a case times beside its pick."""
-    return tuple(feasible(job.spec, target)) if job.every_schedule else ()
+    """The schedules that a case times beside its pick; of copies, those by PDL where there is that."""
+    if not job.every_schedule:
+        return ()
+    found = feasible(job.spec, target)
+    most = max(by_pdl(schedule) for schedule in found)
+    return tuple(schedule for schedule in found if by_pdl(schedule) == most)
+
+
+def by_pdl(schedule: Schedule) -> bool:
+    """Whether a kernel is launched while the one before it drains."""
+    return dict(schedule.choices).get("pdl") == 1
 
 
 def run(note: Note) -> Report:

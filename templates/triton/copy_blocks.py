@@ -33,7 +33,7 @@ class TritonCopyBlocks(Family):
         # griddepcontrol came with sm_90
         pdl: tuple[Choice, ...] = (0, 1) if target.kind == "cuda" and target.capability >= 90 else (0,)
         return (
-            Field("tile_m", (128, 256, 512, 1024, 2048), 256, f"pieces of {spec.page_align} B of a program"),
+            Field("tile_m", (128, 256, 512, 1024, 2048), 128, f"pieces of {spec.page_align} B of a program"),
             Field("num_warps", (1, 2, 4, 8), 1, "warps of a program"),
             Field("num_stages", (1,), 1, "there is no loop to pipeline"),
             Field("pdl", pdl, pdl[-1], "launched while the kernel before it drains, or after it"),
