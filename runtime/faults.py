@@ -10,8 +10,8 @@ from pagedgen.errors import ArgumentError
 class Faults:
     """The records of one kernel, one a device.
 
-    Each is int64 ``[4]``: whether a slot was found, its token, the slot, and how many the pool had. A captured
-    call holds the record's address, so that replays are covered.
+    Each is int64 ``[4]``: whether a slot was found, its token, the slot, and how many the pool had. A
+    captured call holds the record's address, so that replays are covered.
     """
 
     __slots__ = ("_records",)

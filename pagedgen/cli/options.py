@@ -99,9 +99,9 @@ class Job:
         Raises:
             InvalidValue: no operator with slots is among them.
         """
-        slotted = [spec for spec in self.specs if spec.op in (Op.WRITE_KV, Op.GATHER)]
+        slotted = [spec for spec in self.specs if spec.op is Op.WRITE_KV]
         if not slotted:
-            raise InvalidValue("debug", True, "write_kv or gather among the operators (--ops) is expected")
+            raise InvalidValue("debug", True, "write_kv among the operators (--ops) is expected")
         if self.target.kind == "cpu":
             return self
         return replace(self, specs=tuple(replace(s, checked=s in slotted) for s in self.specs))
