@@ -307,8 +307,8 @@ def build(
         bool,
         typer.Option(
             "--debug",
-            help="Kernels of write_kv that leave out slots behind the pool's last and record one, in captured "
-            "graphs too. For GPUs: on a CPU write_kv refuses them in any case.",
+            help="Kernels of write_kv that leave out slots behind the pool's last and record one, in "
+            "captured graphs too. For GPUs: on a CPU write_kv refuses them in any case.",
             rich_help_panel=WHAT,
         ),
     ] = False,
