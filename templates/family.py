@@ -67,6 +67,7 @@ class Family(ABC):
     masks: tuple[str, ...] = ()  # of KernelSpec.masks, those that the template covers
     v_dims: bool = False  # whether V's rows may have another length than K's
     invariant: bool = False  # whether it has kernels whose bits don't follow from the batch
+    launch_fields: tuple[str, ...] = ()  # of the schedule, those that the launcher alone reads
 
     @abstractmethod
     def check(self, spec: KernelSpec, target: Target) -> None:

@@ -147,6 +147,8 @@ class TritonDecode(Family):
     masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk")
     v_dims = True
     invariant = True
+    launch_fields = ("waves",)
+    spill_bytes = 32  # of what is used between parts, outside of the loop that reads K and V
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -226,7 +228,7 @@ class TritonDecode(Family):
         return (
             Field("split", ("fixed",), "fixed", meaning),
             # two tiles at least: the masked one at a window's edge must not be a whole part
-            Field("part", (256, 512, 1024), 256, "tokens of a part of a sequence at least"),
+            Field("part", (256, 512, 1024), 512, "tokens of a part of a sequence at least; up to two are left whole"),
             Field(
                 "max_parts", (16, 32, 64), 32, "parts of a sequence at most; longer ones have longer parts"
             ),
@@ -418,8 +420,10 @@ class TritonDecode(Family):
     @staticmethod
     def _part(schedule: Schedule, tokens: int) -> int:
         """Tokens of a part of a sequence with ``fixed`` splits: what the kernel computes, too."""
-        tile = schedule.int("tile")
-        return max(schedule.int("part"), cdiv(cdiv(tokens, tile), schedule.int("max_parts")) * tile)
+        tile, part = schedule.int("tile"), schedule.int("part")
+        if cdiv(tokens, tile) * tile <= 2 * part:
+            return 2 * part
+        return max(part, cdiv(cdiv(tokens, tile), schedule.int("max_parts")) * tile)
 
     @staticmethod
     def _min_chunk(tile: int) -> int:
