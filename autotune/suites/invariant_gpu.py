@@ -1,10 +1,10 @@
 """The ``invariant-gpu`` suite: batch-invariant decode on this GPU beside what is free to follow the batch.
 
-A batch-invariant kernel splits every sequence by its own length, leaves more partial results, and is one for
-all batches, where the free ones are picked for each; how many parts in a row a program takes, its waves, may
-follow the batch. Of the candidates, :data:`TILES` with :data:`PARTS`, each with :data:`WAVES`, the kernel with
-the best mean over the batches is named, with the waves that each batch gets. Every kernel passes the gate
-first, which for these compares bits of sequences alone and in random batches.
+A batch-invariant kernel splits every sequence by its own length, leaves more partial results, and is one
+for all batches, where the free ones are picked for each; how many parts in a row a program takes, its waves,
+may follow the batch. Of the candidates, :data:`TILES` with :data:`PARTS`, each with :data:`WAVES`, the kernel
+with the best mean over the batches is named, with the waves that each batch gets. Every kernel passes the
+gate first, which for these compares bits of sequences alone and in random batches.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What ptxas made of a kernel, read back: matrix products on sm_90 whose operand's address it has lost.
 
-``wgmma`` reads an operand from shared memory by a descriptor, whose low word holds the address / 16 in 14 bits.
-ptxas 12.8.93, that of Triton 3.6 and 3.7, gives some kernels with several products a step a descriptor that
-begins with whatever its uniform register held before, the softmax scale for one: the product then reads outside
-of shared memory (2 of 480 random kernels; ptxas 12.9.86 compiles the same PTX right). Every descriptor is
-followed back to where it begins, which is a field of 14 bits or a register that was spilled.
+``wgmma`` reads an operand from shared memory by a descriptor, whose low word holds the address / 16 in 14
+bits. ptxas 12.8.93, that of Triton 3.6 and 3.7, gives some kernels with several products a step a descriptor
+that begins with whatever its uniform register held before, the softmax scale for one: the product then reads
+outside of shared memory (2 of 310 random kernels; ptxas 12.9.86 compiles the same PTX right). Every
+descriptor is followed back to where it begins, which is a field of 14 bits or a register that was spilled.
 """
 
 from __future__ import annotations
@@ -68,15 +68,12 @@ def lost_descriptors(listing: str) -> tuple[str, ...]:
     return tuple(lost)
 
 
-def _begin(
-    program: Sequence[Instruction], place: int, kind: str, number: int
-) -> Instruction | None:
-    """The instruction that a register's value at ``place`` begins with, by the nearest above that writes it."""
+def _begin(program: Sequence[Instruction], place: int, kind: str, number: int) -> Instruction | None:
+    """The instruction that a register's value at ``place`` begins with: the nearest above that writes it."""
     while True:
-        for place in range(place - 1, -1, -1):
-            if program[place].writes(kind, number):
-                break
-        else:
+        above = range(place - 1, -1, -1)
+        place = next((each for each in above if program[each].writes(kind, number)), -1)
+        if place < 0:
             return None
         step = program[place]
         sources = [found for each in step.operands[1:] if (found := REGISTER.fullmatch(each))]

@@ -148,7 +148,10 @@ class TritonDecode(Family):
     v_dims = True
     invariant = True
     launch_fields = ("waves",)
-    spill_bytes = 32  # of what is used between parts, outside of the loop that reads K and V
+
+    def spills(self, spec: KernelSpec) -> int:
+        """None; of a batch-invariant kernel 32 B, of what it uses between parts, each some tiles long."""
+        return 32 if spec.batch_invariant else 0
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -180,8 +183,8 @@ class TritonDecode(Family):
         columns: tuple[Choice, ...] = ("pieces", "whole") if several else ("pieces",)
         # Tiles of narrow heads are soon done: one warp needs no barriers, and many hide each other's waits.
         narrow = max(spec.head_dim, spec.v_dim) <= 64 and block_h(spec) == 16
-        # A product sums the weights as they are rounded for V's. Outputs gain, since both err alike, but an LSE of
-        # bfloat16's weights would err by 2^-9 where few tokens count: 0.0015 with ALiBi on an H100.
+        # A product sums the weights as they are rounded for V's. Outputs gain, since both err alike, but an
+        # LSE of bfloat16's weights errs by 2^-9 where few tokens count: 0.0015 with ALiBi on an H100.
         sums: tuple[Choice, ...] = ("reduce", "dot")
         if spec.return_lse and spec.kv_dtype is DType.BF16:
             sums = ("reduce",)
@@ -228,7 +231,12 @@ class TritonDecode(Family):
         return (
             Field("split", ("fixed",), "fixed", meaning),
             # two tiles at least: the masked one at a window's edge must not be a whole part
-            Field("part", (256, 512, 1024), 512, "tokens of a part of a sequence at least; up to two are left whole"),
+            Field(
+                "part",
+                (256, 512, 1024),
+                512,
+                "tokens of a part of a sequence at least; up to two are left whole",
+            ),
             Field(
                 "max_parts", (16, 32, 64), 32, "parts of a sequence at most; longer ones have longer parts"
             ),

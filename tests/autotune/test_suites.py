@@ -147,8 +147,10 @@ def test_invariant_kernels_are_timed_beside_the_free_one(tmp_path, monkeypatch) 
     free = {"1x8192": 10.0, "32x8192": 100.0}
     short, long = (f"tile 64, 2 warps, {stages} stages, parts of 512, 32 at most" for stages in (3, 4))
     times = {
-        f"{short}; waves 1": (12.0, 110.0), f"{short}; waves 4": (10.0, 130.0), f"{long}; waves 2": (14.0, 101.0)
-    }  # fmt: skip
+        f"{short}; waves 1": (12.0, 110.0),
+        f"{short}; waves 4": (10.0, 130.0),
+        f"{long}; waves 2": (14.0, 101.0),
+    }
 
     def ours(spec, target, workload, device, folder, name, schedule=None):
         if name not in {"free", *times}:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
+from pagedgen.compiler.compile import compile_source
+from pagedgen.compiler.render import render
 from pagedgen.compiler.sass import lost_descriptors, read
+from pagedgen.compiler.space import default_schedule
+from pagedgen.errors import CompileError
+from pagedgen.values.schedule import Schedule
 
-# The lines that matter of two kernels by ptxas 12.8.93, which crashed on an H100 with what UR9 held before, the
-# softmax scale; and of the first by 12.9.86.
+# The lines that matter of a kernel by ptxas 12.8.93, which crashed on an H100 with what UR9 held before, the
+# softmax scale; and of the same by 12.9.86.
 LOST = """
     /*4670*/                   ULDC UR9, c[0x0][0x258] ;   /* 0x0000960000097ab9 */
     /*47e0*/                   FMUL R96, R96, UR9 ;
@@ -61,3 +69,19 @@ def test_wide_writes_count_for_each_of_their_registers() -> None:
     (wide,) = read("/*0010*/  LDS.128 R8, [R2] ;")
     assert [number for number in range(16) if wide.writes("R", number)] == [8, 9, 10, 11]
     assert not wide.writes("UR", 8)
+
+
+def test_a_kernel_that_ptxas_spoils_is_refused(make_spec, h100) -> None:
+    """Draw 218 of the fuzzer's seed 20261126, an illegal memory access on an H100."""
+    triton = pytest.importorskip("triton")
+    spec = make_spec(208, (32, 8), 3, kv="fp8_e5m2", op="extend", head_dim_v=40)
+    own = {"ids": "gather", "num_stages": 2, "num_warps": 8, "prefetch_ids": 0, "tile": 64, "tile_m": 128}
+    schedule = Schedule.of("triton-extend", **(dict(default_schedule(spec, h100).choices) | own))
+    source = render(spec, h100, schedule)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    version = subprocess.run([str(tool), "--version"], capture_output=True, text=True, check=True).stdout
+    if "V12.8.93" not in version:
+        compile_source(source)  # whatever comes of it is looked through
+        return
+    with pytest.raises(CompileError, match=r"ptxas lost the address of 6 matrix operands: HGMMA.*from ULDC"):
+        compile_source(source)

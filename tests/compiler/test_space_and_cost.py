@@ -72,7 +72,7 @@ def test_fp8_decode_follows_the_hardware(make_spec, h100, a100):
 
 
 def test_an_lse_is_never_the_sum_of_weights_in_bfloat16(make_spec, h100):
-    """Rounded to bfloat16, a weight errs by 2^-9, and so does the LSE where one token has most of the weight."""
+    """A weight in bfloat16 errs by 2^-9, and so would the LSE where one token has most of the weight."""
     sums = {
         (dtype, lse): {s["sums"] for s in feasible(make_spec(q=dtype, lse=lse), h100)}
         for dtype in ("f16", "bf16")

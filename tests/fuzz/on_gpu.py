@@ -157,7 +157,8 @@ def main() -> int:
     for draw in draws:
         counts[draw["op"]] += draw["inputs"]
     summary = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": options.seed, "first": options.first,
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": options.seed,
+        "first": options.first,
         "having": options.having, "without": options.without,
         "seconds": round(time.monotonic() - start, 1), "specs": len({draw["number"] for draw in draws}),
         "distinct_specs": len({draw["spec"] for draw in draws}),

@@ -43,8 +43,8 @@ FEATURES = {
 
 
 def specs(op: Op, to: Target) -> tuple[KernelSpec, ...]:
-    """Of a family: 16 bits; fp8 with its masks and two loads a row; token slots; large blocks; and of attention
-    the rest that changes its kernels: V's own rows, what a call says of causality, batch invariance."""
+    """Of a family: 16 bits; fp8 with its masks and two loads a row; token slots; large blocks; and of
+    attention what else changes its kernels: V's own rows, causality by the call, batch invariance."""
     family = family_of(op, to)
     masks = {name: value for name, value in FEATURES.items() if name in family.masks}
     if "tree_mask" in masks:  # which takes no other rule of what a query sees
