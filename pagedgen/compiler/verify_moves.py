@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from pagedgen.compiler.verify import EPS, POOLS, Pool, empty_pool
+from pagedgen.compiler.verify_faults import Outside
 from pagedgen.compiler.verify_write import WriteCase
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
@@ -78,6 +79,8 @@ class GatherCase:
         if count > 1:
             slots[::5] = -1
         self.slots = slots.to(device)
+        num_slots = num_blocks * spec.block_size
+        self.outside = Outside(self.slots, num_slots) if spec.checked else None
         k, v = empty_pool(spec, num_blocks, pool, device)
         for held in (k, v):
             if is_fp8:
@@ -96,7 +99,7 @@ class GatherCase:
             if out.itemsize == 1:  # casts of NaN may differ
                 wide = torch.full(wide.shape, 0x7F, dtype=torch.uint8, device=device).view(out)
             self.outs.append(wide.to(out)[:, :heads])
-        kept = self.slots >= 0
+        kept = (self.slots >= 0) & (self.slots < num_slots)
         blocks = self.slots[kept] // spec.block_size
         places = self.slots[kept] % spec.block_size
         self.expected = []
@@ -113,7 +116,8 @@ class GatherCase:
 
     def call(self, callee: Any, variant: int) -> None:
         """Call the operator."""
-        callee.gather(*self.outs, self.slots, self.k, self.v, *self.scales, variant)
+        record = [self.outside.record] if self.outside else []
+        callee.gather(*self.outs, self.slots, self.k, self.v, *self.scales, variant, *record)
 
     def judge(self) -> str:
         """What is wrong, or nothing."""
@@ -125,7 +129,7 @@ class GatherCase:
             if not bool(same.all()):
                 first = (~same).nonzero()[0].tolist()
                 return f"{int((~same).sum())} wrong elements of {name}, the first at {first}"
-        return ""
+        return self.outside.judge() if self.outside else ""
 
 
 class CopyCase:
@@ -231,7 +235,8 @@ class MergeCase:
 class ScalesCase:
     """Scales all or half of which are unset; padding tokens hold the largest values, others NaN and inf.
 
-    In the first case nothing is kept, or everything is 0: the scale stays unset, or becomes 1.
+    In the first case nothing is kept, or everything is 0: the scale stays unset, or becomes 1. What is right
+    is computed on the CPU, whose division rounds correctly whatever it divides by.
     """
 
     def __init__(self, spec: KernelSpec, count: int, pool: Pool, device: torch.device, seed: int) -> None:
@@ -256,9 +261,9 @@ class ScalesCase:
         if pool == "packed":
             self.scales[0][::2] = 0.25
             self.scales[1][1::2] = 7.0
-        self.expected = [scale.clone() for scale in self.scales]
+        self.expected = [scale.cpu().clone() for scale in self.scales]
         for new, scale in zip(self.new, self.expected, strict=True):
-            set_scales(new, self.slots, scale, TORCH_DTYPES[spec.kv_dtype])
+            set_scales(new.cpu(), self.slots.cpu(), scale, TORCH_DTYPES[spec.kv_dtype])
 
     def call(self, callee: Any, variant: int) -> None:
         """Call the operator."""
@@ -267,6 +272,6 @@ class ScalesCase:
     def judge(self) -> str:
         """What is wrong, or nothing."""
         for name, got, want in zip(("k_scale", "v_scale"), self.scales, self.expected, strict=True):
-            if not torch.equal(got, want):
+            if not torch.equal(got.cpu(), want):
                 return f"{name} = {got.tolist()[:4]}: {want.tolist()[:4]} is right"
         return ""
