@@ -219,16 +219,14 @@ def _fit(records: Sequence[Record], target: Target) -> dict[str, float]:
 class Transfer:
     """What a pick made for a target without measuring there cost, against the target's own best.
 
-    ``regret`` is that of the calibrated model's pick, ``held_out`` that of the model calibrated on the other
-    target's records of all specs but this one, ``uncalibrated`` that of the model as it is, ``moved`` that of
-    the other target's own fastest schedule: 0.02 is 2%. ``candidates`` were measured on the target.
+    ``regret`` is that of the calibrated model's pick, ``uncalibrated`` that of the model as it is, ``moved``
+    that of the other target's own fastest schedule: 0.02 is 2%. ``candidates`` were measured on the target.
     """
 
     spec: KernelSpec
     candidates: int
     pick: Schedule
     regret: float
-    held_out: float | None
     uncalibrated: float
     moved: float | None
 
@@ -257,16 +255,10 @@ def transfers(
             [r for r in known if r.spec == spec and r.status is Status.MEASURED],
             [r for r in measured if r.spec == spec],
             calibration,
-            _without(known, spec, source),
             plain,
         )
         for spec in dict.fromkeys(r.spec for r in measured)
     )
-
-
-def _without(known: Sequence[Record], spec: KernelSpec, source: Target) -> Calibration | None:
-    others = [r for r in known if r.spec != spec]
-    return Calibration.of(others, source) if others else None
 
 
 def _transfer(
@@ -275,7 +267,6 @@ def _transfer(
     known: Sequence[Record],
     truth: Sequence[Record],
     calibration: Calibration,
-    without: Calibration | None,
     plain: Calibration,
 ) -> Transfer:
     workloads, times = _matrix(truth)
@@ -293,7 +284,6 @@ def _transfer(
         len(there),
         chosen,
         there[chosen] / best - 1,
-        None if without is None else there[favourite(without)] / best - 1,
         there[favourite(plain)] / best - 1,
         there[min(both, key=lambda s: (both[s], s))] / best - 1 if both else None,
     )

@@ -25,7 +25,6 @@ def run(source: str, goal: str, *, as_json: bool) -> None:
     found = transfers(_measured(here), here, _measured(there), there)
     median = median_regret(found)
     moved = [t.moved for t in found if t.moved is not None]
-    held_out = [t.held_out for t in found if t.held_out is not None]
     if as_json:
         console.emit(
             {
@@ -33,7 +32,6 @@ def run(source: str, goal: str, *, as_json: bool) -> None:
                 "to": there.name,
                 "specs": [{**codec.encode(t), "name": t.spec.name} for t in found],
                 "median_regret": median,
-                "median_held_out": statistics.median(held_out) if held_out else None,
                 "median_uncalibrated": statistics.median(t.uncalibrated for t in found),
                 "median_moved": statistics.median(moved) if moved else None,
             }
@@ -41,13 +39,12 @@ def run(source: str, goal: str, *, as_json: bool) -> None:
         return
     console.table(
         f"Picked for {there.name} from records of {here.name}, held against {there.name}'s own best",
-        ("spec", ">measured there", ">regret", ">held out", ">uncalibrated", f">{here.name}'s best", "pick"),
+        ("spec", ">measured there", ">regret", ">uncalibrated", f">{here.name}'s best", "pick"),
         (
             (
                 t.spec.name,
                 t.candidates,
                 f"{t.regret:.1%}",
-                "-" if t.held_out is None else f"{t.held_out:.1%}",
                 f"{t.uncalibrated:.1%}",
                 "-" if t.moved is None else f"{t.moved:.1%}",
                 t.pick.name,
