@@ -215,6 +215,7 @@ class TvmExtend(Family):
             "dot_lanes": [shape.lanes],
             "tree": [],
             "table": {},
+            "A": False,
         }
 
 
@@ -234,7 +235,8 @@ class Shape:
     @classmethod
     def of(cls, spec: KernelSpec, target: Target, schedule: Schedule) -> Shape:
         """Derived from the schedule's fields and the width of the target's vectors."""
-        lanes, vectors = LEVELS[target.arch].bits // 32, schedule.int("vectors")
+        widest, vectors = LEVELS[target.arch].bits // 32, schedule.int("vectors")
+        lanes = int(dict(schedule.choices).get("lanes", widest))  # verify chooses
         return cls(
             lanes=lanes,
             vectors=vectors,
