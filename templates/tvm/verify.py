@@ -19,11 +19,11 @@ from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 
 
-
 class TvmVerify(TvmExtend):
     """A few queries a sequence, on a CPU."""
 
     name = "tvm-verify"
+    invariant = False  # where contexts are cut follows from the batch
     masks = (*TvmExtend.masks, "tree_mask")
     shared = (
         TEMPLATES / "tvm" / "extend.py",
@@ -53,10 +53,11 @@ class TvmVerify(TvmExtend):
         return {
             **super().context(spec, target, schedule),
             "A": schedule.int("ahead") == 1,
-            "STATE": shape.rows * (spec.head_dim + 2),
+            "STATE": shape.state,
             "U": unit,
             "LINE": LINE_BYTES // element,
             "LINES": -(-spec.head_dim * element // LINE_BYTES),
+            "V_LINES": -(-spec.v_dim * element // LINE_BYTES),
             "LINE_ROWS": line_rows,
             "LINE_COLS": line_cols,
             "UNIT_LINES": unit_lines,

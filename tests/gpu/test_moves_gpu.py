@@ -17,6 +17,7 @@ from pagedgen.runtime import ops
 from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import KVCache, KVShape
 from pagedgen.runtime.kv_layout import KVLayout
+from pagedgen.runtime.kv_scales import set_scales
 from pagedgen.runtime.library import Library
 from pagedgen.values.manifest import Rule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
@@ -108,6 +109,16 @@ def test_kernels_pass_the_gate(tmp_path, spec):
         for wrap in (None, captured):
             verdict = gate(library, spec, variant, "cuda", 3, wrap=wrap)
             assert verdict.passed, (schedule.name, verdict)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scales_by_torch_are_divided_as_on_a_cpu(kind):
+    """Quotients rounded correctly: times a reciprocal, most of these would be a unit off."""
+    new = torch.randn(64, 512, 8, dtype=torch.bfloat16)
+    slots, scales = torch.arange(64), (torch.zeros(512), torch.zeros(512, device="cuda"))
+    set_scales(new, slots, scales[0], kind)
+    set_scales(new.cuda(), slots.cuda(), scales[1], kind)
+    assert scales[0].gt(0).all() and torch.equal(scales[0], scales[1].cpu())
 
 
 @pytest.mark.parametrize("layout", list(KVLayout))
