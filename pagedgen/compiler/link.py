@@ -49,6 +49,7 @@ class Align:
     k_stride: int
     v_stride: int
     workspace: int
+    cos_sin: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,8 @@ def _own_fields(schedule: Schedule) -> tuple[str, ...]:
     """What the launcher has to know of a variant beside its binary, as C++ literals in their order there."""
     if schedule.template == "triton-verify":
         return str(schedule.int("tile_m")), str(schedule.int("waves"))
+    if schedule.template == "triton-copy-blocks":
+        return str(schedule.int("tile_m")), str(schedule.int("pdl") == 1).lower()
     if schedule.template != "triton-decode":
         return (str(schedule.int("tile_m")),)
     even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
@@ -192,6 +195,7 @@ def _assemble_gpu(
         k_stride=alignment_of(spec, "k_stride_block"),
         v_stride=alignment_of(spec, "v_stride_block"),
         workspace=alignment_of(spec, "partial_ptr"),
+        cos_sin=alignment_of(spec, "cos_sin_ptr"),
     )
     first = binaries[0].source
     literals: Mapping[str, Any] = family_for(spec, first.target).context(spec, first.target, first.schedule)

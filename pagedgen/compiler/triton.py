@@ -97,6 +97,10 @@ def alignment_of(spec: KernelSpec, name: str) -> int:
         return 8  # head_dim is a multiple of 8
     if name in ALIGNED_POINTERS:
         return 16
+    if name == "cos_sin_ptr":
+        return (
+            16 if (spec.rotary_dim or spec.head_dim) % 8 == 0 else 4
+        )  # so are the sines, half a row further on
     return 1
 
 

@@ -44,7 +44,9 @@ class WriteCase:
             held.copy_(bytes_.to(device))
             if spec.kv_dtype.is_fp8:
                 size = heads if spec.kv_scale is KVScale.HEAD else 1
-                scales[i] = (torch.rand(size, generator=make) + 0.5).to(device)
+                scale = torch.rand(size, generator=make) + 0.5
+                # In eighths, many quotients lie exactly between two codes.
+                scales[i] = (scale if pool == "nhd" else (8 * scale).round() / 8).to(device)
             ends = [new]
             if spec.rope is not Rope.NONE and i == 0:
                 self.positions, self.cos_sin = self._angles(spec, count, make)
