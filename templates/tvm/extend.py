@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.templates.tvm.vectors import (
@@ -35,12 +36,12 @@ class TvmExtend(Family):
     name = "tvm-extend"
     kind = "cpu"
     source = TEMPLATES / "tvm" / "extend.py.j2"
-    masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality")
+    masks: tuple[str, ...] = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality")
     v_dims = True
     # A query tile is one thread's, tiles of K and V begin at multiples of their length, and what a row does
     # not see adds nothing to it.
     invariant = True
-    shared = (
+    shared: tuple[Path, ...] = (
         TEMPLATES / "tvm" / "vectors.py",
         TEMPLATES / "tvm" / "vectors.j2",
         TEMPLATES / "tvm" / "functions.ll.j2",

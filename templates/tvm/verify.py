@@ -1,7 +1,7 @@
 """``tvm-verify``: a few drafted tokens a sequence over paged KV on CPUs, rendered from extend's template.
 
-What differs from extend: a tree mask; a long context is cut into pieces, whose partial results the last one to
-finish merges (Flash-Decoding, 2023); and the next tile is prefetched, since few rows leave memory the bound.
+What differs from extend: a tree mask; a long context is cut into pieces, whose partial results are merged by
+the last one to finish (Flash-Decoding, 2023); the next tile is prefetched, since few rows wait for memory.
 """
 
 from __future__ import annotations
