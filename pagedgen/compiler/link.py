@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import pagedgen
 from pagedgen.compiler.binary import Binary
+from pagedgen.compiler.families import family_for
 from pagedgen.compiler.render import environment
 from pagedgen.errors import CompileError, HostCompilerMissing, InvalidValue, Unsupported
 from pagedgen.values.manifest import Rule
@@ -113,7 +114,7 @@ def assemble(binaries: Sequence[Binary], dispatch: Sequence[Rule], *, embed: Emb
             architecture could use (``sm_90a`` and the like).
 
     Raises:
-        InvalidValue: several specs or targets, a rule that names no variant, several variants of a batch
+        InvalidValue: several specs or targets, a rule that names no variant, several kernels of a batch
             invariant spec, an unknown ``embed``.
         Unsupported: a kind of target that has no launcher.
     """
@@ -122,9 +123,11 @@ def assemble(binaries: Sequence[Binary], dispatch: Sequence[Rule], *, embed: Emb
         if not 0 <= rule.variant < len(binaries):
             raise InvalidValue("variant", rule.variant, f"0 to {len(binaries) - 1} is allowed")
     used = sorted({rule.variant for rule in dispatch})
-    if spec.batch_invariant and len(used) > 1:
-        allowed = f"one variant is allowed: the batch must not pick the bits of {spec.name}"
-        raise InvalidValue("dispatch", used, allowed)
+    if spec.batch_invariant:
+        fields = family_for(spec, target).launch_fields
+        if len({binaries[variant].source.schedule.without(fields) for variant in used}) > 1:
+            allowed = f"variants of one kernel are allowed: the batch must not pick the bits of {spec.name}"
+            raise InvalidValue("dispatch", used, allowed)
     if embed not in EMBEDS:
         raise InvalidValue("embed", embed, f"allowed: {', '.join(EMBEDS)}")
     shared: dict[str, object] = {

@@ -143,10 +143,14 @@ def test_a_verify_that_does_not_compile_is_a_row_and_others_are_timed(tmp_path, 
 
 
 def test_invariant_kernels_are_timed_beside_the_free_one(tmp_path, monkeypatch) -> None:
-    """One schedule serves all batches: the best mean, not the best of each."""
+    """One kernel serves all batches, the best mean of its own best waves, not the best of each batch."""
     free = {"1x8192": 10.0, "32x8192": 100.0}
-    short, long = (f"tile 64, 2 warps, 2 stages, parts of {part}, 2 waves" for part in (256, 512))
-    times = {short: (10.0, 110.0), long: (14.0, 101.0)}
+    short, long = (f"tile 64, 2 warps, {stages} stages, parts of 512, 32 at most" for stages in (3, 4))
+    times = {
+        f"{short}; waves 1": (12.0, 110.0),
+        f"{short}; waves 4": (10.0, 130.0),
+        f"{long}; waves 2": (14.0, 101.0),
+    }
 
     def ours(spec, target, workload, device, folder, name, schedule=None):
         if name not in {"free", *times}:
@@ -164,9 +168,9 @@ def test_invariant_kernels_are_timed_beside_the_free_one(tmp_path, monkeypatch) 
         Case(j.name, j.spec, j.workload, invariant_gpu._contest(j, h100, tmp_path), (1.0,)) for j in jobs
     ]
     rows = {row.contender: row for row in cases[1].summaries()}
-    assert rows[short].speed_ratio == pytest.approx(1.1)
-    assert rows["tile 64, 2 warps, 2 stages, parts of 512, 4 waves"].failure == "CompileError: no"
-    assert invariant_gpu.best_of(cases) == {jobs[0].spec: short}
+    assert rows[f"{short}; waves 1"].speed_ratio == pytest.approx(1.1)
+    assert rows[f"{short}; waves 6"].failure == "CompileError: no"
+    assert invariant_gpu.best_of(cases) == {jobs[0].spec: f"{short}; waves 1x8192: 4, 32x8192: 1"}
 
 
 class TorchMoves:
