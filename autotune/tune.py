@@ -35,7 +35,7 @@ from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.race import race
 from pagedgen.autotune.roofline import Bandwidth, bandwidth
 from pagedgen.autotune.search import Stop, search
-from pagedgen.autotune.select import ONE_FOR_ALL, WORST_REGRET, Selection, select
+from pagedgen.autotune.select import Selection, select
 from pagedgen.autotune.warm import guesses
 from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
 from pagedgen.compiler.compile import compiler_version
@@ -355,9 +355,13 @@ class _Run:
     def _selected(
         self, times: Mapping[Schedule, Mapping[Workload, float]], status: Status = Status.MEASURED
     ) -> Selection:
-        # Variants differ in their bits, so that a batch-invariant spec has one, not the batch's.
-        regret = ONE_FOR_ALL if self.spec.batch_invariant else WORST_REGRET
-        return select(times, status, regret, self._defaults())
+        if not self.spec.batch_invariant:
+            return select(times, status, defaults=self._defaults())
+        # Kernels differ in their bits, so that such a spec has one, not the batch's.
+        fields = family_for(self.spec, self.target).launch_fields
+        return select(
+            times, status, defaults=self._defaults(), kernel_of=lambda schedule: schedule.without(fields)
+        )
 
     def _identity(self) -> dict[str, str]:
         """What every worker of a study has to agree on."""

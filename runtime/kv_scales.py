@@ -33,6 +33,8 @@ def set_scales(
     largest = torch.cat((start, size)).amax((0, 2))  # [num_kv_heads]
     if scale.numel() == 1:
         largest = largest.amax(0, keepdim=True)
-    wanted = (largest / (torch.finfo(fp8_type).max / 2)).clamp_min(LEAST_SCALE)
+    # A tensor: torch on CUDA multiplies by a number's reciprocal instead, a unit in the last place off.
+    half = torch.full_like(largest, torch.finfo(fp8_type).max / 2)
+    wanted = (largest / half).clamp_min(LEAST_SCALE)
     wanted = torch.where(largest == 0, 1.0, wanted)
     scale.copy_(torch.where((scale <= 0) & (largest >= 0), wanted.view_as(scale), scale))

@@ -220,10 +220,10 @@ def test_what_cannot_be_linked(make_spec, gpu_binary, a100):
     invariant = gpu_binary(make_spec(batch_invariant=True))
     several = (Rule(4, 2**31 - 1, 0), Rule(2**31 - 1, 2**31 - 1, 1))
     with pytest.raises(
-        InvalidValue, match=r"dispatch = \[0, 1\]: one variant is allowed: the batch must not"
+        InvalidValue, match=r"dispatch = \[0, 1\]: variants of one kernel are allowed: the batch must not"
     ):
-        assemble([invariant, invariant], several)
-    assemble([invariant, invariant], (Rule(4, 2**31 - 1, 1), Rule(2**31 - 1, 2**31 - 1, 1)))
+        assemble([invariant, gpu_binary(make_spec(batch_invariant=True), max_parts=16)], several)
+    assemble([invariant, gpu_binary(make_spec(batch_invariant=True), waves=6)], several)
     with pytest.raises(InvalidValue, match="variant = 1: 0 to 0 is allowed"):
         assemble([one], (Rule(1, 1, 1),))
     hip = Target("mi300x", "hip", "gfx942", 304)

@@ -14,9 +14,11 @@ from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.verify import gate
 from pagedgen.runtime import ops
+from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import KVCache, KVShape
 from pagedgen.runtime.kv_layout import KVLayout
+from pagedgen.runtime.kv_scales import set_scales
 from pagedgen.runtime.library import Library
 from pagedgen.values.manifest import Rule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
@@ -108,6 +110,40 @@ def test_kernels_pass_the_gate(tmp_path, spec):
         for wrap in (None, captured):
             verdict = gate(library, spec, variant, "cuda", 3, wrap=wrap)
             assert verdict.passed, (schedule.name, verdict)
+
+
+@pytest.mark.parametrize("kv", [E4M3, E5M2])
+@pytest.mark.parametrize("q", [F16, BF16])
+def test_every_value_becomes_the_code_of_its_quotient(pack_of, q, kv):
+    """All 65,536 values by scales of every kind: the bytes of a true division, torch's clamp and its cast."""
+    pack = pack_of(KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, q, kv, KVScale.TENSOR))
+    outside, kind = TORCH_DTYPES[q], TORCH_DTYPES[kv]
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(outside).view(64, 8, 128)
+    new, slots = every.cuda(), torch.arange(64, device="cuda")
+    most = torch.finfo(kind).max
+    make = torch.Generator().manual_seed(1)
+    drawn = torch.exp2(60 * torch.rand(40, generator=make) - 30).tolist()
+    for value in (1.0, 0.5, 1.25, 1 + 2**-23, 1 - 2**-24, 1 / 448, 3 / 224, 2.0**-126, 2.0**112, *drawn):
+        scale = torch.full((1,), value)
+        k, v = (torch.zeros(4, 16, 8, 128, dtype=torch.uint8, device="cuda") for _ in range(2))
+        pack.write_kv(
+            new, new.flip(0), slots, k.view(kind), v.view(kind), k_scale=scale.cuda(), v_scale=scale.cuda()
+        )
+        want = (every.float() / scale).clamp(-most, most).to(kind).view(torch.uint8)
+        for got, right in ((k, want), (v, want.flip(0))):
+            got = got.view(64, 8, 128).cpu()
+            same = (got == right) | (got & 0x7F == 0x7F) & (right & 0x7F == 0x7F)
+            assert same.all(), (value, every[~same][:4], got[~same][:4], right[~same][:4])
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scales_by_torch_are_divided_as_on_a_cpu(kind):
+    """Quotients rounded correctly: times a reciprocal, most of these would be a unit off."""
+    new = torch.randn(64, 512, 8, dtype=torch.bfloat16)
+    slots, scales = torch.arange(64), (torch.zeros(512), torch.zeros(512, device="cuda"))
+    set_scales(new, slots, scales[0], kind)
+    set_scales(new.cuda(), slots.cuda(), scales[1], kind)
+    assert scales[0].gt(0).all() and torch.equal(scales[0], scales[1].cpu())
 
 
 @pytest.mark.parametrize("layout", list(KVLayout))

@@ -27,6 +27,7 @@ LAYERS = (
     Layer(32, 4, 2, DType.F32, DType.F32, window=48, logits_soft_cap=5.0),
     Layer(32, 4, 2, DType.F32, DType.F32, sinks=True),
     Layer(32, 4, 2, DType.F32, DType.F32, window=48, sinks=True),
+    Layer(32, 4, 4, DType.F32, DType.F32, alibi=True),
 )
 
 SPEED = (Layer(128, 32, 8, DType.F32, DType.F32),)

@@ -38,6 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "bloom": ("BloomConfig", {"num_key_value_heads": 4, "tie_word_embeddings": True}),  # ALiBi
     "gpt-oss": (
         "GptOssConfig",
         {"sliding_window": 48, "layer_types": SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -27,6 +27,7 @@ RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("mistral-window", "token", ()),
     ("gemma2", "token", ()),
     ("gpt-oss", "token", ()),
+    ("bloom", "token", ()),
 )
 
 

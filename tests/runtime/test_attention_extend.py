@@ -589,6 +589,24 @@ def test_extend_with_alibi_causality_per_sequence_and_rows_of_v(served, make_spe
         )  # fmt: skip
 
 
+def test_a_cpu_pack_takes_slopes_causality_and_rows_of_v(make_spec, cpu_choice, tmp_path):
+    """Real kernels, decode and extend, as the tensors pick them."""
+    shape = {"head_dim": 64, "heads": (4, 2), "q": "f32", "head_dim_v": 32, "alibi": True}
+    extends = make_spec(**shape, op="extend", causality="per_sequence", attention_chunk=24)
+    decodes = make_spec(**shape, attention_chunk=24)
+    attention = Attention(
+        open_pack(build([cpu_choice(spec) for spec in (extends, decodes)], tmp_path / "p.pack"))
+    )
+    for spec in (extends, decodes):
+        inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+        more = {"alibi_slopes": inputs.alibi_slopes, "softmax_scale": inputs.softmax_scale, "out": inputs.out}
+        if spec is extends:
+            extend(attention, inputs, causal=inputs.causal, **more)
+        else:
+            attention.decode(inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, **more)
+        assert judge(spec, inputs)[2] == ""
+
+
 def test_blocks_that_no_query_sees_are_not_looked_at(pack_of, make_spec, monkeypatch):
     monkeypatch.setenv(VARIABLE, "1")
     spec = make_spec(**SHAPE, op="extend", attention_chunk=32)

@@ -25,6 +25,7 @@ SPECS = [
     {**WRITE, "heads": (2, 2), "head_dim": 64, "rope": "neox"},
     {**WRITE, "heads": (3, 3), "head_dim": 80, "q": "f32", "rope": "gptj", "rotary_dim": 24},
     {**WRITE, "heads": (2, 2), "head_dim": 80, "kv": "fp8_e4m3", "rope": "neox", "rotary_dim": 40},
+    {**WRITE, "heads": (1, 1), "head_dim": 64, "kv": "fp8_e4m3", "rope": "gptj", "rotary_dim": 24},
     {**GATHER, "heads": (2, 2), "head_dim": 64},
     {**GATHER, "heads": (3, 3), "head_dim": 80, "block_size": 1, "kv": "fp8_e4m3"},
     {**GATHER, "heads": (2, 2), "head_dim": 40, "block_size": 7, "q": "fp8_e4m3"},
