@@ -238,7 +238,7 @@ def _assemble_cpu(binaries: Sequence[Binary], shared: Mapping[str, object], spec
     align = Align(q=q, out=q, k=kv, v=kv, q_stride=1, out_stride=1, k_stride=1, v_stride=1, workspace=16)
     names = [f"{i}.o" for i in range(len(binaries))]
     extend_only: dict[str, object] = {}
-    if spec.op is Op.EXTEND:
+    if spec.op in (Op.EXTEND, Op.VERIFY):
         from pagedgen.templates.tvm.extend import Shape
 
         sources = [binary.source for binary in binaries]
