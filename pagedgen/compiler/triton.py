@@ -53,6 +53,7 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "out_v_ptr": POINTER_TYPES[spec.q_dtype],
         "slot_mapping_ptr": "*i64",
         "positions_ptr": "*i64",
+        "faults_ptr": "*i64",
         "src_origin_ptr": "*i32",
         "dst_origin_ptr": "*i32",
         "src_ptr": "*i64",

@@ -21,8 +21,11 @@ class TritonWriteKV(Family):
     name = "triton-write-kv"
     kind = "cuda"
     source = TEMPLATES / "triton" / "write_kv.py.j2"
-    masks: tuple[str, ...] = ("rope",)
-    shared: tuple[Path, ...] = (TEMPLATES / "fp8.py", TEMPLATES / "triton" / "quantise.j2")
+    masks: tuple[str, ...] = ("rope", "checked")
+    shared: tuple[Path, ...] = (
+        TEMPLATES / "fp8.py",
+        *(TEMPLATES / "triton" / name for name in ("quantise.j2", "checked.j2")),
+    )
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""

@@ -109,6 +109,8 @@ def test_launchers_of_moves_pass_what_the_kernel_takes(make_spec, default_schedu
     if op == "kv_scales":
         rope, kv = {"block_size": 1}, "fp8_e4m3"
     more = {"block_size": 1, "kv": "f16", "sinks": kv != "f16"} if op == "merge" else {"kv": kv, **rope}
+    if op in ("write_kv", "gather"):
+        more["checked"] = kv != "f16"  # its launcher gives the record and the number of slots
     spec = make_spec(128, (8, 8), q=kv if op == "copy_blocks" else "f16", op=op, **more)
     text = render(spec, h100, default_schedule(spec, h100)).text
     signature = text.split(f"def paged_{op}(")[1].split("):")[0]

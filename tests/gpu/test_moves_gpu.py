@@ -13,6 +13,7 @@ from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.verify import gate
+from pagedgen.errors import ArgumentError
 from pagedgen.runtime import ops
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.runtime.block_pools import BlockPools
@@ -69,6 +70,12 @@ SCALING = tuple(
     for head_dim, heads in ((128, 8), (80, 3))
     for q, kv, scale in ((BF16, E4M3, KVScale.TENSOR), (F16, E5M2, KVScale.HEAD), (F32, E4M3, KVScale.HEAD))
 )
+CHECKED = tuple(
+    KernelSpec(op, head_dim, heads, heads, block_size, BF16, kv, scale, checked=True)
+    for op in (Op.WRITE_KV, Op.GATHER)
+    for head_dim, heads, block_size in SHAPES[:2]
+    for kv, scale in ((BF16, KVScale.NONE), (E4M3, KVScale.HEAD))
+)
 SPECS = tuple(dict.fromkeys((*CONVERTING, *AS_STORED, *TURNING, *MERGING, *SCALING)))
 
 
@@ -100,7 +107,7 @@ def pack_of(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", (*SPECS, *CHECKED), ids=lambda spec: spec.name)
 def test_kernels_pass_the_gate(tmp_path, spec):
     to = target(NAMES[torch.cuda.get_device_capability()])
     schedules = (default_schedule(spec, to), feasible(spec, to)[0], feasible(spec, to)[-1])
@@ -205,6 +212,41 @@ def test_blocks_go_to_pinned_memory_and_back(pack_of):
     torch.cuda.synchronize()
     for pool, want in zip(pools, before, strict=True):
         assert torch.equal(pool[[3, 7, 11]], want[[3, 7, 11]]) and not pool[[0, 19, 4]].any()
+
+
+def test_a_debug_build_reports_slots_out_of_range(pack_of):
+    """Eager calls raise; a captured one records, at each replay; what is in range is stored all the same."""
+    pack = pack_of(
+        KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, BF16, BF16, checked=True),
+        KernelSpec(Op.GATHER, 128, 8, 8, 16, BF16, BF16, checked=True),
+    )
+    new = torch.randn(2, 40, 8, 128, device="cuda").bfloat16()
+    k, v = (torch.zeros(4, 16, 8, 128, device="cuda").bfloat16() for _ in range(2))
+    right = torch.arange(40, device="cuda")
+    slots = right.clone()
+    pack.write_kv(new[0], new[1], slots, k, v)
+    slots[7] = 64
+    with pytest.raises(ArgumentError, match=r"slot_mapping\[7\] = 64: below 0, or up to 63 \(num_blocks"):
+        pack.write_kv(new[1], new[0], slots, k, v)
+    assert torch.equal(k.view(64, 8, 128)[:7], new[1, :7]) and torch.equal(k.view(64, 8, 128)[7], new[0, 7])
+    out = torch.zeros_like(new)
+    with pytest.raises(ArgumentError, match=r"slot_mapping\[7\] = 64: "):
+        pack.gather(slots, k, v, out[0], out[1])
+    assert torch.equal(out[0, 8:], new[1, 8:]) and not out[0, 7].any()
+    slots.copy_(right)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pack.write_kv(new[0], new[1], slots, k, v)
+    graph.replay()
+    pack.check_faults()
+    slots[39] = 1 << 40
+    graph.replay()
+    with pytest.raises(ArgumentError, match=r"slot_mapping\[39\] = 1099511627776: "):
+        pack.check_faults()
+    slots.copy_(right)
+    graph.replay()
+    pack.check_faults()
+    assert torch.equal(k.view(64, 8, 128)[:40], new[0]) and not k.view(64, 8, 128)[40:].any()
 
 
 def test_pools_past_2_to_the_31(pack_of):

@@ -46,6 +46,8 @@ class Interpreted:
         scales = [] if k_scale is None else [k_scale, v_scale]
         strides = [*rows_k.stride()[:2], *rows_v.stride()[:2], *k.stride()[:3], *v.stride()[:3]]
         rows = len(rows_k) * self.spec.num_kv_heads
+        if self.spec.checked:
+            turns = (*turns, len(k) * self.spec.block_size)
         grid = (-(-rows // self.tile_m),)
         self.kernel[grid](rows_k, rows_v, slots, k, v, *scales, *turns, len(rows_k), *strides)
 
