@@ -158,9 +158,14 @@ def _own_fields(schedule: Schedule) -> tuple[str, ...]:
         return str(schedule.int("tile_m")), str(schedule.int("pdl") == 1).lower()
     if schedule.template != "triton-decode":
         return (str(schedule.int("tile_m")),)
-    even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
+    even, pdl = schedule["split"] == "even", schedule.int("pdl") >= 1
     own = str(schedule.int("waves")), str(even).lower(), str(pdl).lower()
     return (*own, str(schedule.int("max_parts"))) if schedule["split"] == "fixed" else own
+
+
+def _looks_ahead(schedule: Schedule) -> bool:
+    """Whether a kernel takes the sizes of the pool and the block table, to find its work before its wait."""
+    return schedule.template == "triton-decode" and schedule.int("pdl") == 2
 
 
 def _assemble_gpu(
@@ -185,6 +190,7 @@ def _assemble_gpu(
                 "threads": 32 * binary.num_warps,
                 "smem_bytes": binary.resources.smem_bytes,
                 "own": _own_fields(binary.source.schedule),
+                "ahead": _looks_ahead(binary.source.schedule),
                 **names,
             }
         )
@@ -205,6 +211,7 @@ def _assemble_gpu(
     own: dict[str, object] = {}
     if spec.op is Op.DECODE:
         own = {"rows": literals["rows"], "programs": literals["programs"]}
+        own["ahead"] = any(variant["ahead"] for variant in variants)
     elif spec.op is Op.VERIFY:
         own = {"programs": spec.num_kv_heads}
     elif spec.op is Op.COPY_BLOCKS:
@@ -231,7 +238,7 @@ def _assemble_cpu(binaries: Sequence[Binary], shared: Mapping[str, object], spec
     align = Align(q=q, out=q, k=kv, v=kv, q_stride=1, out_stride=1, k_stride=1, v_stride=1, workspace=16)
     names = [f"{i}.o" for i in range(len(binaries))]
     extend_only: dict[str, object] = {}
-    if spec.op is Op.EXTEND:
+    if spec.op in (Op.EXTEND, Op.VERIFY):
         from pagedgen.templates.tvm.extend import Shape
 
         sources = [binary.source for binary in binaries]

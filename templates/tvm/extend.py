@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.templates.tvm.vectors import (
@@ -35,15 +36,16 @@ class TvmExtend(Family):
     name = "tvm-extend"
     kind = "cpu"
     source = TEMPLATES / "tvm" / "extend.py.j2"
-    masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality")
+    masks: tuple[str, ...] = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality")
     v_dims = True
     # A query tile is one thread's, tiles of K and V begin at multiples of their length, and what a row does
     # not see adds nothing to it.
     invariant = True
-    shared = (
+    shared: tuple[Path, ...] = (
         TEMPLATES / "tvm" / "vectors.py",
         TEMPLATES / "tvm" / "vectors.j2",
         TEMPLATES / "tvm" / "functions.ll.j2",
+        TEMPLATES / "launcher" / "cpu_ragged.h.j2",
         TEMPLATES / "launcher" / "cpu_extend.cc.j2",
     )
 
@@ -227,6 +229,7 @@ class TvmExtend(Family):
             "dot_lanes": [shape.lanes],
             "tree": [],
             "table": {},
+            "A": False,
         }
 
 
@@ -247,7 +250,8 @@ class Shape:
     @classmethod
     def of(cls, spec: KernelSpec, target: Target, schedule: Schedule) -> Shape:
         """Derived from the schedule's fields and the width of the target's vectors."""
-        lanes, vectors = LEVELS[target.arch].bits // 32, schedule.int("vectors")
+        widest, vectors = LEVELS[target.arch].bits // 32, schedule.int("vectors")
+        lanes = int(dict(schedule.choices).get("lanes", widest))  # verify chooses
         return cls(
             lanes=lanes,
             vectors=vectors,
@@ -266,6 +270,11 @@ class Shape:
         size = 2 if self.dot else 4
         q, k, v = self.rows * self.head_dim, self.tile * self.head_dim, self.tile * self.v_dim
         return q * size, k * size, v * size, self.rows * self.v_dim * 4
+
+    @property
+    def state(self) -> int:
+        """Floats that verify keeps of a query tile: sums of p * V, maximal scores and sums of p."""
+        return self.rows * (self.v_dim + 2)
 
     @property
     def scratch_bytes(self) -> int:

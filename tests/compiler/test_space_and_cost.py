@@ -90,7 +90,9 @@ def test_hopper_s_own_choices_are_offered_on_hopper_alone(make_spec, h100, a100)
         (64, True),
     }
     assert {s["rows"] for s in feasible(mqa, a100)} == {32}
-    assert {s["pdl"] for s in feasible(mqa, h100)} == {0, 1}
+    assert {s["pdl"] for s in feasible(mqa, h100)} == {0, 1, 2}
+    ahead = [s for s in feasible(mqa, h100) if s["pdl"] == 2]
+    assert {s["split"] for s in ahead} == {"walk"} and {s["waves"] for s in ahead} == {1, 2}
     assert {s["pdl"] for s in feasible(mqa, a100)} == {0}
 
 

@@ -47,7 +47,10 @@ def test_the_matrix_in_the_docs_is_what_the_families_say():
 def test_a_cell_says_why_it_is_refused(make_spec):
     a100, l40s, *_, cpu = PROOFS
     assert cell(Op.DECODE, {}, cpu) == "tested"
-    assert cell(Op.VERIFY, {}, cpu) == "refused: op verify on target kind cpu: no template"
+    assert cell(Op.VERIFY, {"tree_mask": True}, cpu) == "tested"
+    assert cell(Op.MERGE, {}, cpu) == (
+        "refused: op merge on target kind cpu: no template; the runtime has torch do it"
+    )
     assert "head_dim_v = 64: tvm-write-kv covers" in cell(Op.WRITE_KV, {"head_dim_v": 64}, cpu)
     rope = {"rope": Rope.NEOX}
     assert "rope = neox: tvm-write-kv covers no masks" in cell(Op.WRITE_KV, rope, cpu)
