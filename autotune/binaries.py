@@ -46,7 +46,8 @@ class Compiled:
     def of(cls, binary: Binary, fresh: bool) -> Compiled:
         """A binary that spills more than its family allows is refused: decode has no memory time to spare."""
         spilled = binary.resources.spill_bytes
-        if spilled > family_for(binary.source.spec, binary.source.target).spill_bytes:
+        spec, target = binary.source.spec, binary.source.target
+        if spilled > family_for(spec, target).spills(spec):
             return cls(binary.source, None, f"spills {spilled} B a thread", fresh)
         return cls(binary.source, binary, "", fresh)
 

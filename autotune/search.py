@@ -61,6 +61,7 @@ def search(
     start: Sequence[Schedule] = (),
     known: Sequence[Outcome] = (),
     predicted: Mapping[Schedule, float] | None = None,
+    elsewhere: Sequence[Mapping[Schedule, float]] = (),
     enough_us: float = 0.0,
     deadline: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
@@ -78,6 +79,8 @@ def search(
         start: evaluated first (defaults, the model's favourites, winners elsewhere).
         known: outcomes of earlier runs: they teach the search and are never evaluated again.
         predicted: the cost model's times in microseconds, as far as they are known.
+        elsewhere: times of schedules of the template on neighbouring specs, legal here or not: how they
+            compare there is a belief of how they compare here, trusted as far as timings bear it out.
         enough_us: stop at this time (97% of the roofline, say).
         deadline: ``clock()`` at which no further batch is started; the first one always is.
         ledger: where trials are kept and shared, its grid at least ``space``; in memory by default.
@@ -94,7 +97,7 @@ def search(
         if schedule not in legal:
             raise InvalidValue("schedule", schedule.name, "a schedule of the space is expected")
     ledger.preload(known)
-    return _Search(space, evaluate, ledger, trials, batch, seed, start, predicted or {}).run(
+    return _Search(space, evaluate, ledger, trials, batch, seed, start, predicted or {}, elsewhere).run(
         enough_us, deadline, clock
     )
 
@@ -112,6 +115,7 @@ class _Search:
         seed: int,
         start: Sequence[Schedule],
         predicted: Mapping[Schedule, float],
+        elsewhere: Sequence[Mapping[Schedule, float]],
     ) -> None:
         self.evaluate, self.ledger, self.trials, self.batch = evaluate, ledger, trials, batch
         self.schedules = tuple(ledger.grid.schedules.values())
@@ -119,15 +123,23 @@ class _Search:
         self.space = {self.index[s] for s in space}
         self.waiting = list(start) if ledger.grid.axes else list(space)
         self.draw = random.Random(seed)
-        self.surrogate = Surrogate(*ledger.grid.features(), self._logs(predicted))
+        beliefs = [self._logs(predicted)] if predicted else []
+        beliefs += [self._carried(times) for times in elsewhere if times]
+        self.surrogate = Surrogate(*ledger.grid.features(), beliefs)
 
-    def _logs(self, predicted: Mapping[Schedule, float]) -> np.ndarray | None:
+    def _logs(self, predicted: Mapping[Schedule, float]) -> np.ndarray:
         """Logarithms of the predictions; where there is none, their mean, which says nothing."""
-        if not predicted:
-            return None
         logs = {s: math.log(us) for s, us in predicted.items()}
         mean = sum(logs.values()) / len(logs)
         return np.array([logs.get(s, mean) for s in self.schedules])
+
+    def _carried(self, times: Mapping[Schedule, float]) -> np.ndarray:
+        """What a neighbouring spec's times lead one to expect of each schedule."""
+        both = Grid(tuple(dict.fromkeys((*self.schedules, *times))))
+        row = {s: i for i, s in enumerate(both.schedules.values())}
+        seen = np.array([row[s] for s in times])
+        expected = Surrogate(*both.features()).expected(seen, np.log(list(times.values())))
+        return np.asarray(expected[[row[s] for s in self.schedules]])
 
     def run(self, enough_us: float, deadline: float, clock: Callable[[], float]) -> Found:
         """Batch after batch, until one of the reasons to stop."""

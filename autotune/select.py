@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pagedgen.errors import InvalidValue
@@ -15,7 +15,6 @@ from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.workload import Workload
 
 WORST_REGRET = 0.02
-ONE_FOR_ALL = math.inf  # as worst_regret: the one schedule with the least mean regret, whatever its worst
 NOISE = 0.003  # in mean regret, between equals: medians of a run's finalists repeat to about that
 ANY = 2**31 - 1  # a rule with this bound holds for every call
 EXHAUSTIVE = 50_000  # subsets tried before the greedy cover takes over
@@ -71,6 +70,7 @@ def select(
     status: Status = Status.MEASURED,
     worst_regret: float = WORST_REGRET,
     defaults: Mapping[str, Choice] | None = None,
+    kernel_of: Callable[[Schedule], Schedule] | None = None,
 ) -> Selection:
     """The smallest set of schedules whose worst regret under its own dispatch table is at most the bound.
 
@@ -78,6 +78,9 @@ def select(
     such workloads disagree by more than the bound, the best compromise stands in for it. Among equally small
     sets the one with the least mean regret wins, where several differ by no more than the noise the one with
     the fewest choices unlike ``defaults``, then the one that comes first in ``times``.
+
+    With ``kernel_of`` the set holds schedules of one kernel alone, which they say by what the function gives:
+    of the kernel whose own best for each workload have the least mean regret, whatever the worst of them.
 
     ``times[schedule][workload]`` is in microseconds; every schedule has every workload.
 
@@ -88,6 +91,8 @@ def select(
     workloads = tuple(next(iter(times.values()), ()))
     _check(times, schedules, workloads)
     best = {w: min(times[s][w] for s in schedules) for w in workloads}
+    if kernel_of is not None:
+        schedules = _of_one_kernel(times, best, kernel_of)
     cells: dict[tuple[int, int], list[Workload]] = {}
     for workload in workloads:
         cells.setdefault((workload.num_seqs, workload.max_seq_len), []).append(workload)
@@ -102,6 +107,20 @@ def select(
     rules = _rules({cell: used.index(s) for cell, s in picks.items()})
     worst = max(regret[s][c] for c, s in enumerate(picks.values()))
     return Selection(status, tuple(schedules[s] for s in used), rules, worst)
+
+
+def _of_one_kernel(
+    times: Mapping[Schedule, Mapping[Workload, float]],
+    best: Mapping[Workload, float],
+    kernel_of: Callable[[Schedule], Schedule],
+) -> tuple[Schedule, ...]:
+    """The schedules of the kernel with the least mean regret."""
+    kernels: dict[Schedule, list[Schedule]] = {}
+    for schedule in times:
+        kernels.setdefault(kernel_of(schedule), []).append(schedule)
+    return tuple(
+        min(kernels.values(), key=lambda own: sum(min(times[s][w] for s in own) / best[w] for w in best))
+    )
 
 
 def _check(

@@ -35,8 +35,8 @@ from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.race import race
 from pagedgen.autotune.roofline import Bandwidth, bandwidth
 from pagedgen.autotune.search import Stop, search
-from pagedgen.autotune.select import ONE_FOR_ALL, WORST_REGRET, Selection, select
-from pagedgen.autotune.warm import guesses
+from pagedgen.autotune.select import Selection, select
+from pagedgen.autotune.warm import guesses, timings, untried_values
 from pagedgen.autotune.worker import Pool, Worker, WorkerFailed, WorkerLost
 from pagedgen.compiler.compile import compiler_version
 from pagedgen.compiler.families import family_for, template_hash
@@ -62,6 +62,7 @@ SEARCHED = 3  # workloads that candidates are timed on while searching; finalist
 SIMPLER = 4  # variants of the winner, each with one choice brought back to its default, among the finalists
 FAVOURITES = 2  # of the model's, tried first
 NEAREST = 3  # to the default, tried first: where the model's favourites all spill, some of these do not
+UNTRIED = 12  # guesses with a value that nothing before them has, tried first: one batch
 ENOUGH = 0.97  # share of what the memory can deliver at which the search ends
 RESERVED = 0.25  # share of the budget that is kept for the finalists
 LOST = 0.05  # share of a shared study's trials in a batch at most: what a killed worker loses is done again
@@ -205,6 +206,7 @@ def tune(
         NoCandidate: nothing was legal, compiled and correct; says what happened to how many.
         ToolMissing, HostCompilerMissing: a compiler is not installed.
         DeviceLost: the device stopped answering; what was measured before is on record.
+        CacheUnwritable: no room for the libraries of candidates; what was measured before is on record.
         StudyUnreachable, StudyForeign, MalformedFile: the shared study, see :class:`Ledger`.
     """
     begin = time.monotonic()
@@ -335,6 +337,7 @@ class _Run:
                     seed=self.seed,
                     start=self._start(ranked),
                     predicted=ranked,
+                    elsewhere=timings(self.database, self.spec, self.target),
                     enough_us=enough,
                     deadline=begin + (deadline - begin) * (1 - RESERVED),
                     ledger=ledger,
@@ -355,9 +358,13 @@ class _Run:
     def _selected(
         self, times: Mapping[Schedule, Mapping[Workload, float]], status: Status = Status.MEASURED
     ) -> Selection:
-        # Variants differ in their bits, so that a batch-invariant spec has one, not the batch's.
-        regret = ONE_FOR_ALL if self.spec.batch_invariant else WORST_REGRET
-        return select(times, status, regret, self._defaults())
+        if not self.spec.batch_invariant:
+            return select(times, status, defaults=self._defaults())
+        # Kernels differ in their bits, so that such a spec has one, not the batch's.
+        fields = family_for(self.spec, self.target).launch_fields
+        return select(
+            times, status, defaults=self._defaults(), kernel_of=lambda schedule: schedule.without(fields)
+        )
 
     def _identity(self) -> dict[str, str]:
         """What every worker of a study has to agree on."""
@@ -414,10 +421,12 @@ class _Run:
                 yield Outcome(schedule, mean, records=tuple(row[w.seq_lens] for w in self.searched))
 
     def _start(self, ranked: Mapping[Schedule, float]) -> list[Schedule]:
-        """Tried first: the default and its neighbours, what won before, and the model's favourites."""
-        start = list(near_default(self.spec, self.target)[:NEAREST])
-        start += guesses(self.database, self.spec, self.target, self.space)
-        start += list(ranked)[:FAVOURITES]
+        """Tried first: the default and its neighbours, what won before, the model's favourites, and what won
+        with each value that none of these has, nor any schedule on record."""
+        won = guesses(self.database, self.spec, self.target, self.space)
+        start = [*near_default(self.spec, self.target)[:NEAREST], *won, *list(ranked)[:FAVOURITES]]
+        seen = [*start, *(outcome.schedule for outcome in self.known)]
+        start += untried_values(won, seen, self.space, UNTRIED)
         return list(dict.fromkeys(start))
 
     def _ranked(self) -> dict[Schedule, float]:
@@ -510,7 +519,10 @@ class _Run:
         binaries = [b for s in schedules if (b := self.binaries[s].binary) is not None]
         if not binaries:
             return [], library
-        link(binaries, (), library)
+        try:
+            link(binaries, (), library)
+        except OSError as error:  # a full disk, most likely
+            raise CacheUnwritable(f"{library.parent}: {error.strerror or error}; {self._kept()}") from error
         verified = []
         for variant, schedule in enumerate(schedules):
             verdict = self.verdicts.get(schedule)
@@ -621,10 +633,11 @@ class _Run:
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> DeviceLost:
+        return DeviceLost(f"{self.stamp.device} stopped answering ({error}); {self._kept()}")
+
+    def _kept(self) -> str:
         kept = f"{len(self.records)} timings are kept in {self.path}" if self.path else "nothing was kept"
-        return DeviceLost(
-            f"{self.stamp.device} stopped answering ({error}); {kept}: the same command goes on from there"
-        )
+        return f"{kept}: the same command goes on from there"
 
     def _read_rate(self) -> Bandwidth:
         """The read bandwidth, now."""
@@ -795,6 +808,9 @@ def regimes(workloads: Sequence[Workload]) -> tuple[Workload, ...]:
     how it is shared out: a schedule that is good at two of them may be bad at the third.
     """
     chosen = spread(workloads, SEARCHED)
+    # of equally few tokens, those of the fewest sequences: that batch waits for latency the most
+    least = min(workloads, key=lambda w: (w.num_tokens, w.num_seqs, w.name))
+    chosen = (least, *(w for w in chosen[1:] if w != least))
     skewed = max(workloads, key=_skew)
     if _skew(skewed) < SKEWED or skewed in chosen or len(chosen) < SEARCHED:
         return chosen

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
-from pagedgen.autotune.database import Database
+from pagedgen.autotune.database import Database, read
 from pagedgen.autotune.select import Selection
 from pagedgen.compiler.families import family_for
 from pagedgen.compiler.space import default_schedule
-from pagedgen.errors import InvalidValue
+from pagedgen.errors import InvalidValue, MalformedFile
 from pagedgen.values import codec
 from pagedgen.values.record import Status
 from pagedgen.values.schedule import Choice, Schedule
@@ -24,6 +26,8 @@ from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 
 GUESSES = 6
+NEIGHBOURS = 1  # specs whose times are a belief about this one's
+ENOUGH = 8  # timed schedules from which on they are
 ELSEWHERE = 0.5  # what another target counts, in the units of `_distance`: as much as a factor of 1.4
 PREDICTED = 2.0  # and what a choice counts that was made by the model: this run has one of its own
 
@@ -33,6 +37,7 @@ class _Choice:
     spec: KernelSpec
     target: str
     selection: Selection
+    path: Path = Path()
 
 
 def guesses(
@@ -42,10 +47,89 @@ def guesses(
 
     A schedule that is not legal here stands for the legal one that agrees with it in most fields.
     """
-    family = family_for(spec, target)
     defaults = dict(default_schedule(spec, target).choices)
-    near = sorted(
-        _choices(database, family.name, spec),
+    legal, found = set(space), dict[Schedule, None]()
+    for choice in _nearest(database, spec, target):
+        for variant in choice.selection.variants:
+            if len(found) == count:
+                return list(found)
+            found[_legal(variant, defaults, legal, space)] = None
+    return list(found)
+
+
+def timings(
+    database: Database, spec: KernelSpec, target: Target, count: int = NEIGHBOURS
+) -> list[dict[Schedule, float]]:
+    """Measured times of the ``count`` nearest specs, in this template's fields, over the batches that the
+    most of their schedules met. A spec with fewer than ``ENOUGH`` such schedules says nothing.
+
+    The spec itself is the nearest: what was timed of kernels that are rendered otherwise now, or on another
+    device, is no result here, but tells which choices go together.
+    """
+    defaults = dict(default_schedule(spec, target).choices)
+    found: list[dict[Schedule, float]] = []
+    for choice in _nearest(database, spec, target):
+        if len(found) == count:
+            break
+        if choice.selection.status is Status.PREDICTED:
+            continue
+        try:
+            entry = read(choice.path)
+        except MalformedFile:  # whoever needs this file will say what is wrong with it
+            continue
+        times: dict[Schedule, dict[tuple[int, ...], float]] = {}
+        for record in entry.records if entry is not None else ():
+            if record.status is Status.MEASURED:
+                schedule = _in_fields(record.schedule, defaults)
+                times.setdefault(schedule, {})[record.workload.seq_lens] = record.time_us
+        rows = _widest(times)
+        if len(rows) >= ENOUGH:
+            found.append(rows)
+    return found
+
+
+def _widest(times: Mapping[Schedule, Mapping[tuple[int, ...], float]]) -> dict[Schedule, float]:
+    """Geometric means over the batches that the most schedules met, of those that met them all."""
+    met = Counter(batch for row in times.values() for batch in row)
+    if not met:
+        return {}
+    most = max(met.values())
+    batches = sorted(batch for batch, count in met.items() if count == most)
+    return {
+        schedule: math.exp(sum(math.log(row[batch]) for batch in batches) / len(batches))
+        for schedule, row in times.items()
+        if all(batch in row for batch in batches)
+    }
+
+
+def untried_values(
+    best: Sequence[Schedule], seen: Iterable[Schedule], space: Sequence[Schedule], count: int
+) -> list[Schedule]:
+    """At most ``count`` legal schedules with a value that none of ``seen`` has, otherwise like one of
+    ``best``: in all fields, or where that is not legal, in as many as can be.
+
+    Records know nothing of a value that came into the template after them (how work is split, say), and a
+    search that starts from their winners may never leave what they have in common.
+    """
+    names = [name for name, _ in space[0].choices]
+    had = {(name, s[name]) for s in seen for name in names}
+    new: dict[tuple[str, Choice], list[Schedule]] = {}
+    for schedule in space:
+        for value in set(schedule.choices) - had:
+            new.setdefault(value, []).append(schedule)
+    found = dict[Schedule, None]()
+    for one in best:
+        for value in sorted(new, key=str):
+            if len(found) < count:
+                found[max(new[value], key=lambda s: len(set(s.choices) & set(one.choices)))] = None
+    return list(found)
+
+
+def _nearest(database: Database, spec: KernelSpec, target: Target) -> list[_Choice]:
+    """What was chosen for specs of the operator, the nearest ones first."""
+    template = family_for(spec, target).name
+    return sorted(
+        _choices(database, template, spec),
         key=lambda c: (
             _distance(c.spec, spec)
             + ELSEWHERE * (c.target != target.name)
@@ -54,13 +138,6 @@ def guesses(
             c.spec.name,
         ),
     )
-    legal, found = set(space), dict[Schedule, None]()
-    for choice in near:
-        for variant in choice.selection.variants:
-            if len(found) == count:
-                return list(found)
-            found[_legal(variant, defaults, legal, space)] = None
-    return list(found)
 
 
 def _choices(database: Database, template: str, spec: KernelSpec) -> Iterator[_Choice]:
@@ -72,13 +149,22 @@ def _choices(database: Database, template: str, spec: KernelSpec) -> Iterator[_C
 
 
 def _peek(path: Path, template: str) -> _Choice | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return _peeked(path, template, (status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(4096)  # a command may tune many specs, and every one of them looks at every file
+def _peeked(path: Path, template: str, status: tuple[int, int]) -> _Choice | None:
     """The selection in a record file, its records left unread: there may be thousands."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["template"] != template or not data["selection"]:
             return None
         kept = {key: data[key] for key in ("spec", "target", "selection")}
-        return codec.decode(_Choice, kept)
+        return replace(codec.decode(_Choice, kept), path=path)
     except (OSError, ValueError, KeyError, TypeError, InvalidValue):
         return None  # whoever needs this file will say what is wrong with it
 
@@ -96,8 +182,14 @@ def _legal(
     schedule: Schedule, defaults: Mapping[str, Choice], legal: set[Schedule], space: Sequence[Schedule]
 ) -> Schedule:
     """The schedule in this space's fields, or the legal one that agrees with it in most of them."""
-    choices = {**defaults, **{name: value for name, value in schedule.choices if name in defaults}}
-    same = Schedule(schedule.template, tuple(sorted(choices.items())))
+    same = _in_fields(schedule, defaults)
     if same in legal:
         return same
+    choices = dict(same.choices)
     return max(space, key=lambda s: sum(choices[name] == value for name, value in s.choices))
+
+
+def _in_fields(schedule: Schedule, defaults: Mapping[str, Choice]) -> Schedule:
+    """With exactly the fields there are: new ones have their defaults."""
+    choices = {**defaults, **{name: value for name, value in schedule.choices if name in defaults}}
+    return Schedule(schedule.template, tuple(sorted(choices.items())))

@@ -12,6 +12,7 @@ import torch
 
 from pagedgen.errors import ArgumentError, PackDamaged, PagedgenError, SpecNotInPack
 from pagedgen.runtime.block_pools import BlockPools
+from pagedgen.runtime.faults import Faults
 from pagedgen.runtime.lengths import check_lengths, check_pairs, check_positions, check_slots, checks_wanted
 from pagedgen.runtime.library import Library
 from pagedgen.runtime.pack import Pack, check_machine, open_pack
@@ -103,11 +104,12 @@ class Workspaces:
 class Kernel:
     """The kernels of one spec: its library, and what a call needs beside its arguments."""
 
-    __slots__ = ("call", "entry", "library", "softmax_scale", "spec", "takes", "workspaces")
+    __slots__ = ("call", "entry", "faults", "library", "softmax_scale", "spec", "takes", "workspaces")
 
     def __init__(self, entry: KernelEntry, library: Library) -> None:
         self.entry, self.spec, self.library = entry, entry.spec, library
         self.takes = taken_by(entry.spec)
+        self.faults = Faults() if entry.spec.checked else None
         try:
             self.call: Callable[..., None] = getattr(library, entry.spec.op.value)
         except AttributeError:
@@ -496,11 +498,15 @@ class Attention:
                 check_slots(slot_mapping, k.shape[0] * kernel.spec.block_size, written=True)
                 if positions is not None and cos_sin is not None:
                     check_positions(positions, slot_mapping, cos_sin.shape[0])
-            if positions is None and cos_sin is None and not kernel.takes:
+            if positions is None and cos_sin is None and not kernel.takes and kernel.faults is None:
                 kernel.call(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1)
             else:
                 more = _Extras(positions=positions, cos_sin=cos_sin).of(kernel)
-                kernel.call(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1, *more)
+                kernel.call(
+                    new_k, new_v, slot_mapping, k, v, k_scale, v_scale, -1, *more, *_record(kernel, new_k)
+                )
+            if kernel.faults is not None:
+                _raise_faults(kernel.faults, new_k)
         except PagedgenError:
             raise
         except Exception:
@@ -587,7 +593,9 @@ class Attention:
                 kernel = self._find(Op.GATHER, out_k, k, v, None, k_scale, spec)
             if self._checked:
                 check_slots(slot_mapping, k.shape[0] * kernel.spec.block_size, written=False)
-            kernel.call(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, -1)
+            kernel.call(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, -1, *_record(kernel, out_k))
+            if kernel.faults is not None:
+                _raise_faults(kernel.faults, out_k)
         except PagedgenError:
             raise
         except Exception:
@@ -766,6 +774,18 @@ class Attention:
         for kernel in self._kernels.values():
             kernel.library.prepare(index)
 
+    def check_faults(self) -> None:
+        """Raise what kernels of a debug build (``checked``) found; after the replay of a captured graph.
+
+        Eager calls of such kernels wait and raise by themselves; others record nothing.
+
+        Raises:
+            ArgumentError: names the token, its slot and what is allowed. The token was left out.
+        """
+        for kernel in self._kernels.values():
+            if kernel.faults is not None:
+                kernel.faults.check()
+
     def _known(self) -> str:
         return f"the pack holds {', '.join(spec.name for spec in self._kernels)}"
 
@@ -839,6 +859,17 @@ class Attention:
             names = ", ".join(kernel.spec.name for kernel in fits)
             raise SpecNotInPack(f"{what}: {names} all fit; say which as spec=")
         raise SpecNotInPack(f"{what}: no kernel fits; {self._known()}")
+
+
+def _record(kernel: Kernel, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The argument that kernels of a debug build have more."""
+    return () if kernel.faults is None else (kernel.faults.record(given.device),)
+
+
+def _raise_faults(faults: Faults, given: torch.Tensor) -> None:
+    """Raise what an eager call found; a captured one has not run yet."""
+    if not (given.is_cuda and torch.cuda.is_current_stream_capturing()):
+        faults.check()
 
 
 def _capacity(block_table: torch.Tensor, spec: KernelSpec) -> int:

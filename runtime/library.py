@@ -76,8 +76,9 @@ class Library:
       workspace, max_seq_len, variant[, sinks])``
     - ``verify(…)``: as extend, with ``tree_mask`` as one more argument if the spec has one
 
-    - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant[, positions, cos_sin])``
-    - ``gather(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, variant)``
+    - ``write_kv(new_k, new_v, slot_mapping, k, v, k_scale, v_scale, variant[, positions, cos_sin]
+      [, faults])``
+    - ``gather(out_k, out_v, slot_mapping, k, v, k_scale, v_scale, variant[, faults])``
     - ``kv_scales(new_k, new_v, slot_mapping, k_scale, v_scale, variant)``
     - ``merge(outs, lses, out, lse, variant[, sinks])``
     - ``copy_blocks(src_origin, dst_origin, src, dst, pairs, page_bytes, variant)``

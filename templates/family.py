@@ -63,10 +63,15 @@ class Family(ABC):
     kind: str  # Target.kind it renders for: "cuda" (hip is compiled by the same backend) or "cpu"
     source: Path  # the .j2 file
     shared: tuple[Path, ...] = ()  # files the source imports; they count in the template's hash
-    spill_bytes: int = 0  # a thread, that a kernel may spill and still be used
+    spill_bytes: int = 0  # see spills
     masks: tuple[str, ...] = ()  # of KernelSpec.masks, those that the template covers
     v_dims: bool = False  # whether V's rows may have another length than K's
     invariant: bool = False  # whether it has kernels whose bits don't follow from the batch
+    launch_fields: tuple[str, ...] = ()  # of the schedule, those that the launcher alone reads
+
+    def spills(self, spec: KernelSpec) -> int:
+        """Bytes a thread that a kernel of a spec may spill and still be used."""
+        return self.spill_bytes
 
     @abstractmethod
     def check(self, spec: KernelSpec, target: Target) -> None:

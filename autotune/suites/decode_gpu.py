@@ -8,6 +8,7 @@ that a kernel that takes the CUDA context along costs its row only.
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ GRID_ROUNDS = 9
 GRID_WORKLOAD = Workload.uniform(32, 8192)
 F16, BF16, E4M3, E5M2 = DType.F16, DType.BF16, DType.FP8_E4M3, DType.FP8_E5M2
 LONG_AMONG_SHORT = Workload("1x131072+63x1024", (131072,) + (1024,) * 63)
+_drawn = random.Random(0)
+SPREAD = Workload("64x128..16384", tuple(_drawn.randint(128, 16384) for _ in range(64)))  # uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ def rows() -> tuple[Job, ...]:
         ((32, 8), Workload.uniform(256, 1024)),
         ((32, 32), Workload.uniform(16, 4096)),
         ((32, 8), LONG_AMONG_SHORT),
+        ((32, 8), SPREAD),
     )
     jobs = []
     for kv in (F16, BF16, E4M3):

@@ -1,9 +1,10 @@
 """The ``invariant-gpu`` suite: batch-invariant decode on this GPU beside what is free to follow the batch.
 
-A batch-invariant kernel splits every sequence by its own length, leaves more partial results, and is one for
-all batches, where the free ones are picked for each. Of its candidates, :data:`TILES` with :data:`SPLITS`,
-the one with the best mean over the batches is named. Every kernel passes the gate first, which for these
-compares bits of sequences alone and in random batches.
+A batch-invariant kernel splits every sequence by its own length, leaves more partial results, and is one
+for all batches, where the free ones are picked for each; how many parts in a row a program takes, its waves,
+may follow the batch. Of the candidates, :data:`TILES` with :data:`PARTS`, each with :data:`WAVES`, the kernel
+with the best mean over the batches is named, with the waves that each batch gets. Every kernel passes the
+gate first, which for these compares bits of sequences alone and in random batches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from pagedgen.autotune.binaries import BinaryCache, compile_all
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.roofline import gpu_read_gbs
-from pagedgen.autotune.select import ONE_FOR_ALL, select
+from pagedgen.autotune.select import select
 from pagedgen.autotune.suites import Note
 from pagedgen.autotune.suites.contest import contest, ours
 from pagedgen.autotune.suites.decode_gpu import BF16, Job, compile_picks, rows
@@ -35,8 +36,10 @@ from pagedgen.values.workload import Workload
 
 ROUNDS = 12
 FREE = "free"
-TILES = ((64, 2, 2), (64, 2, 3), (64, 4, 3), (128, 4, 3))  # tile, warps, stages
-SPLITS = ((256, 2), (512, 2), (512, 4))  # tokens of a part, waves
+BY = "; waves "
+TILES = ((32, 1, 4), (32, 2, 4), (64, 2, 3), (64, 2, 4))  # tile, warps, stages
+PARTS = ((512, 32),)  # tokens of a part, parts of a sequence at most
+WAVES = (1, 2, 3, 4, 6)
 
 
 def jobs() -> tuple[Job, ...]:
@@ -51,30 +54,35 @@ def jobs() -> tuple[Job, ...]:
 def candidates(spec: KernelSpec, target: Target) -> tuple[tuple[str, Schedule], ...]:
     """Names and schedules of batch-invariant kernels of a free spec."""
     invariant = replace(spec, batch_invariant=True)
-    base = dict(default_schedule(invariant, target).choices)
+    base = dict(default_schedule(invariant, target).choices) | {"merge": 96}
+    if target.capability >= 90:
+        base["pdl"] = 1
     found = []
-    for (tile, warps, stages), (part, waves) in itertools.product(TILES, SPLITS):
-        own = {"tile": tile, "num_warps": warps, "num_stages": stages, "part": part, "waves": waves}
-        schedule = Schedule.of("triton-decode", **{**base, **own})
+    for (tile, warps, stages), (part, parts), waves in itertools.product(TILES, PARTS, WAVES):
+        own = {"tile": tile, "num_warps": warps, "num_stages": stages, "part": part, "max_parts": parts}
+        schedule = Schedule.of("triton-decode", **{**base, **own, "waves": waves})
         if is_legal(invariant, target, schedule):
-            name = f"tile {tile}, {warps} warps, {stages} stages, parts of {part}, {waves} waves"
-            found.append((name, schedule))
+            kernel = f"tile {tile}, {warps} warps, {stages} stages, parts of {part}, {parts} at most"
+            found.append((f"{kernel}{BY}{waves}", schedule))
     return tuple(found)
 
 
 def best_of(cases: Sequence[Case]) -> dict[KernelSpec, str]:
-    """The candidate of each spec with the best mean over its cases."""
+    """The kernel of each spec with the best mean over its cases, and the waves that each case gets."""
     times: dict[KernelSpec, dict[Schedule, dict[Workload, float]]] = {}
-    names = {}
     for case in cases:
         for row in case.summaries():
             if row.contender != FREE and not row.failure:
-                schedule = Schedule.of("candidate", name=row.contender)
-                names[schedule] = row.contender
+                kernel, waves = row.contender.split(BY)
+                schedule = Schedule.of("candidate", kernel=kernel, waves=int(waves))
                 times.setdefault(case.spec, {}).setdefault(schedule, {})[case.workload] = row.median_us
-    return {
-        spec: names[select(of_spec, worst_regret=ONE_FOR_ALL).variants[0]] for spec, of_spec in times.items()
-    }
+    found = {}
+    for spec, of_spec in times.items():
+        selection = select(of_spec, worst_regret=0.0, kernel_of=lambda schedule: schedule.without(("waves",)))
+        picks = {w: selection.pick(w.num_seqs, w.max_seq_len)["waves"] for w in next(iter(of_spec.values()))}
+        waves = ", ".join(f"{workload.name}: {pick}" for workload, pick in picks.items())
+        found[spec] = f"{selection.variants[0]['kernel']}{BY}{waves}"
+    return found
 
 
 def run(note: Note) -> Report:

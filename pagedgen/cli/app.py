@@ -303,6 +303,15 @@ def build(
     kv_scale: KvScale = "tensor",
     k_inner: KInner = None,
     lse: Lse = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="Kernels of write_kv that leave out slots behind the pool's last and record one, in "
+            "captured graphs too. For GPUs: on a CPU write_kv refuses them in any case.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Make a pack from what tuning has recorded: kernels, dispatch table, manifest with SHA-256 of each file.
@@ -330,7 +339,7 @@ def build(
         lse=lse,
         ops=ops or (SERVING if model is not None else None),
     )
-    run(job, out=out, as_json=json)
+    run(job.checked() if debug else job, out=out, as_json=json)
 
 
 @app.command()

@@ -93,6 +93,19 @@ class Job:
         label = f"h{dims[0]}-q{q_heads[0]}-kv{kv_heads[0]}" if explicit else shape.name
         return cls(where, specs, label, () if explicit else shape.gaps())
 
+    def checked(self) -> Job:
+        """The same with kernels of a debug build, where a GPU has them.
+
+        Raises:
+            InvalidValue: no operator with slots is among them.
+        """
+        slotted = [spec for spec in self.specs if spec.op is Op.WRITE_KV]
+        if not slotted:
+            raise InvalidValue("debug", True, "write_kv among the operators (--ops) is expected")
+        if self.target.kind == "cpu":
+            return self
+        return replace(self, specs=tuple(replace(s, checked=s in slotted) for s in self.specs))
+
     @property
     def only(self) -> KernelSpec:
         """The one spec, for commands that show one.

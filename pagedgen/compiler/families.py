@@ -35,6 +35,7 @@ MODULES = {
     ("hip", Op.VERIFY): "pagedgen.templates.triton.verify",
     ("cpu", Op.DECODE): "pagedgen.templates.tvm.decode",
     ("cpu", Op.EXTEND): "pagedgen.templates.tvm.extend",
+    ("cpu", Op.VERIFY): "pagedgen.templates.tvm.verify",
     ("cpu", Op.WRITE_KV): "pagedgen.templates.tvm.write_kv",
 }
 

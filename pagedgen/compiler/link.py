@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import pagedgen
 from pagedgen.compiler.binary import Binary
+from pagedgen.compiler.families import family_for
 from pagedgen.compiler.render import environment
 from pagedgen.errors import CompileError, HostCompilerMissing, InvalidValue, Unsupported
 from pagedgen.values.manifest import Rule
@@ -49,6 +50,7 @@ class Align:
     k_stride: int
     v_stride: int
     workspace: int
+    cos_sin: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def assemble(binaries: Sequence[Binary], dispatch: Sequence[Rule], *, embed: Emb
             architecture could use (``sm_90a`` and the like).
 
     Raises:
-        InvalidValue: several specs or targets, a rule that names no variant, several variants of a batch
+        InvalidValue: several specs or targets, a rule that names no variant, several kernels of a batch
             invariant spec, an unknown ``embed``.
         Unsupported: a kind of target that has no launcher.
     """
@@ -121,9 +123,11 @@ def assemble(binaries: Sequence[Binary], dispatch: Sequence[Rule], *, embed: Emb
         if not 0 <= rule.variant < len(binaries):
             raise InvalidValue("variant", rule.variant, f"0 to {len(binaries) - 1} is allowed")
     used = sorted({rule.variant for rule in dispatch})
-    if spec.batch_invariant and len(used) > 1:
-        allowed = f"one variant is allowed: the batch must not pick the bits of {spec.name}"
-        raise InvalidValue("dispatch", used, allowed)
+    if spec.batch_invariant:
+        fields = family_for(spec, target).launch_fields
+        if len({binaries[variant].source.schedule.without(fields) for variant in used}) > 1:
+            allowed = f"variants of one kernel are allowed: the batch must not pick the bits of {spec.name}"
+            raise InvalidValue("dispatch", used, allowed)
     if embed not in EMBEDS:
         raise InvalidValue("embed", embed, f"allowed: {', '.join(EMBEDS)}")
     shared: dict[str, object] = {
@@ -150,11 +154,18 @@ def _own_fields(schedule: Schedule) -> tuple[str, ...]:
     """What the launcher has to know of a variant beside its binary, as C++ literals in their order there."""
     if schedule.template == "triton-verify":
         return str(schedule.int("tile_m")), str(schedule.int("waves"))
+    if schedule.template == "triton-copy-blocks":
+        return str(schedule.int("tile_m")), str(schedule.int("pdl") == 1).lower()
     if schedule.template != "triton-decode":
         return (str(schedule.int("tile_m")),)
-    even, pdl = schedule["split"] == "even", schedule.int("pdl") == 1
+    even, pdl = schedule["split"] == "even", schedule.int("pdl") >= 1
     own = str(schedule.int("waves")), str(even).lower(), str(pdl).lower()
     return (*own, str(schedule.int("max_parts"))) if schedule["split"] == "fixed" else own
+
+
+def _looks_ahead(schedule: Schedule) -> bool:
+    """Whether a kernel takes the sizes of the pool and the block table, to find its work before its wait."""
+    return schedule.template == "triton-decode" and schedule.int("pdl") == 2
 
 
 def _assemble_gpu(
@@ -179,6 +190,7 @@ def _assemble_gpu(
                 "threads": 32 * binary.num_warps,
                 "smem_bytes": binary.resources.smem_bytes,
                 "own": _own_fields(binary.source.schedule),
+                "ahead": _looks_ahead(binary.source.schedule),
                 **names,
             }
         )
@@ -192,12 +204,14 @@ def _assemble_gpu(
         k_stride=alignment_of(spec, "k_stride_block"),
         v_stride=alignment_of(spec, "v_stride_block"),
         workspace=alignment_of(spec, "partial_ptr"),
+        cos_sin=alignment_of(spec, "cos_sin_ptr"),
     )
     first = binaries[0].source
     literals: Mapping[str, Any] = family_for(spec, first.target).context(spec, first.target, first.schedule)
     own: dict[str, object] = {}
     if spec.op is Op.DECODE:
         own = {"rows": literals["rows"], "programs": literals["programs"]}
+        own["ahead"] = any(variant["ahead"] for variant in variants)
     elif spec.op is Op.VERIFY:
         own = {"programs": spec.num_kv_heads}
     elif spec.op is Op.COPY_BLOCKS:
@@ -224,7 +238,7 @@ def _assemble_cpu(binaries: Sequence[Binary], shared: Mapping[str, object], spec
     align = Align(q=q, out=q, k=kv, v=kv, q_stride=1, out_stride=1, k_stride=1, v_stride=1, workspace=16)
     names = [f"{i}.o" for i in range(len(binaries))]
     extend_only: dict[str, object] = {}
-    if spec.op is Op.EXTEND:
+    if spec.op in (Op.EXTEND, Op.VERIFY):
         from pagedgen.templates.tvm.extend import Shape
 
         sources = [binary.source for binary in binaries]

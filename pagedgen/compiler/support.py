@@ -42,6 +42,7 @@ FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("batch_invariant", {"batch_invariant": True}),
     ("rope", {"rope": Rope.NEOX}),
     ("rope, interleaved, 64 elements", {"rope": Rope.GPTJ, "rotary_dim": 64}),
+    ("checked, a debug build", {"checked": True}),
 )
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from pagedgen.compiler.binary import Binary, Source
+from pagedgen.compiler.sass import lost_descriptors
 from pagedgen.errors import CompileError, ToolMissing
 from pagedgen.templates.triton.decode import kv_align
 from pagedgen.values.record import Resources
@@ -52,6 +53,7 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "out_v_ptr": POINTER_TYPES[spec.q_dtype],
         "slot_mapping_ptr": "*i64",
         "positions_ptr": "*i64",
+        "faults_ptr": "*i64",
         "src_origin_ptr": "*i32",
         "dst_origin_ptr": "*i32",
         "src_ptr": "*i64",
@@ -97,6 +99,10 @@ def alignment_of(spec: KernelSpec, name: str) -> int:
         return 8  # head_dim is a multiple of 8
     if name in ALIGNED_POINTERS:
         return 16
+    if name == "cos_sin_ptr":
+        return (
+            16 if (spec.rotary_dim or spec.head_dim) % 8 == 0 else 4
+        )  # so are the sines, half a row further on
     return 1
 
 
@@ -124,7 +130,7 @@ def compile_triton(source: Source) -> Binary:
     """Compile for ``source.target.arch`` and read back what the binary uses.
 
     Raises:
-        CompileError: Triton or ptxas refused it.
+        CompileError: Triton or ptxas refused it, or ptxas compiled it wrong (:mod:`pagedgen.compiler.sass`).
         ToolMissing: Triton is not installed.
     """
     try:
@@ -163,6 +169,10 @@ def compile_triton(source: Source) -> Binary:
         cubin = kernel.asm["cubin"]
         files = (("kernel.cubin", cubin), ("kernel.ptx", kernel.asm["ptx"].encode()))
         resources = read_resources(cubin, metadata.shared)
+        if "wgmma.mma_async" in kernel.asm["ptx"] and (lost := lost_descriptors(cuobjdump(cubin, "-sass"))):
+            raise CompileError(
+                f"{schedule.name}: ptxas lost the address of {len(lost)} matrix operands: {lost[0]}"
+            )
     if metadata.shared > target.smem_per_block:
         raise CompileError(
             f"{schedule.name}: needs {metadata.shared} B of shared memory; "
@@ -177,21 +187,25 @@ def read_resources(cubin: bytes, dynamic_smem: int) -> Resources:
     Raises:
         CompileError: the tool is missing or its output is not understood.
     """
+    printed = cuobjdump(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", printed)
+    if not found:
+        raise CompileError(f"cuobjdump gave no resource line: {_last_lines(printed)}")
+    registers, stack, _, local = map(int, found.groups())
+    # Triton's shared memory is all dynamic; SHARED is the 1 KB of every block that sm_90 reserves.
+    return Resources(registers, stack + local, dynamic_smem, len(cubin))
+
+
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """What Triton's own ``cuobjdump`` prints of a cubin, errors included."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=False
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", run.stdout)
-    if not found:
-        raise CompileError(f"cuobjdump gave no resource line: {_last_lines(run.stdout + run.stderr)}")
-    registers, stack, _, local = map(int, found.groups())
-    # Triton's shared memory is all dynamic; SHARED is the 1 KB of every block that sm_90 reserves.
-    return Resources(registers, stack + local, dynamic_smem, len(cubin))
+        run = subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=False)
+    return run.stdout + run.stderr
 
 
 def _last_lines(text: str, count: int = 4) -> str:

@@ -348,12 +348,13 @@ def _attend(spec: KernelSpec, inputs: Inputs, run: Run) -> tuple[torch.Tensor, t
     lost = 2.0**-14 * v.abs().amax(0)  # [num_kv_heads, v_dim]
     magnitude = torch.einsum("nhgt,thd->nhgd", weights, v.abs()) + lost[:, None]
     if spec.q_dtype is DType.F32:
-        # A score summed in float32 errs by up to 2^-22 of its terms, and its weight by as much of itself.
-        # Nothing at the 7 or so that terms usually sum to; more than all else where e5m2's are thousands.
+        # A score summed in float32, one term after the other, errs by about sqrt(head_dim) roundings of its
+        # terms (Higham and Mary, 2019), and its weight by as much of itself. Little at the 7 or so that terms
+        # usually sum to; more than all else where e5m2's are thousands.
         terms = torch.einsum("nhgd,thd->nhgt", q.abs(), k.abs()) * inputs.softmax_scale * weights
         moved = torch.einsum("nhgt,thd->nhgd", terms, v.abs())
         moved += out.abs() * terms.sum(-1)[..., None]
-        magnitude += 2.0**-22 / F32_WEIGHT * moved
+        magnitude += spec.head_dim**0.5 * 2.0**-24 / F32_WEIGHT * moved
     return out.flatten(1, 2), lse.flatten(1), magnitude.flatten(1, 2)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from pagedgen.compiler.verify import EPS, POOLS, Pool, empty_pool
+from pagedgen.compiler.verify_faults import Outside
 from pagedgen.compiler.verify_write import WriteCase
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
@@ -78,6 +79,8 @@ class GatherCase:
         if count > 1:
             slots[::5] = -1
         self.slots = slots.to(device)
+        num_slots = num_blocks * spec.block_size
+        self.outside = Outside(self.slots, num_slots) if spec.checked else None
         k, v = empty_pool(spec, num_blocks, pool, device)
         for held in (k, v):
             if is_fp8:
@@ -96,7 +99,7 @@ class GatherCase:
             if out.itemsize == 1:  # casts of NaN may differ
                 wide = torch.full(wide.shape, 0x7F, dtype=torch.uint8, device=device).view(out)
             self.outs.append(wide.to(out)[:, :heads])
-        kept = self.slots >= 0
+        kept = (self.slots >= 0) & (self.slots < num_slots)
         blocks = self.slots[kept] // spec.block_size
         places = self.slots[kept] % spec.block_size
         self.expected = []
@@ -113,7 +116,8 @@ class GatherCase:
 
     def call(self, callee: Any, variant: int) -> None:
         """Call the operator."""
-        callee.gather(*self.outs, self.slots, self.k, self.v, *self.scales, variant)
+        record = [self.outside.record] if self.outside else []
+        callee.gather(*self.outs, self.slots, self.k, self.v, *self.scales, variant, *record)
 
     def judge(self) -> str:
         """What is wrong, or nothing."""
@@ -125,7 +129,7 @@ class GatherCase:
             if not bool(same.all()):
                 first = (~same).nonzero()[0].tolist()
                 return f"{int((~same).sum())} wrong elements of {name}, the first at {first}"
-        return ""
+        return self.outside.judge() if self.outside else ""
 
 
 class CopyCase:

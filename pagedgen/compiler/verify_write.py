@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pagedgen.compiler.verify import Pool, empty_pool
+from pagedgen.compiler.verify_faults import Outside
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.spec import KernelSpec, KVScale, Rope
 
@@ -36,6 +37,9 @@ class WriteCase:
         if count > 1:
             slots[::5] = -1
         self.slots = slots.to(device)
+        num_slots = num_blocks * spec.block_size
+        self.outside = Outside(self.slots, num_slots) if spec.checked else None
+        self.kept = (self.slots >= 0) & (self.slots < num_slots)
         k, v = empty_pool(spec, num_blocks, pool, device)
         scales: list[torch.Tensor | None] = [None, None]
         expected = []
@@ -44,7 +48,9 @@ class WriteCase:
             held.copy_(bytes_.to(device))
             if spec.kv_dtype.is_fp8:
                 size = heads if spec.kv_scale is KVScale.HEAD else 1
-                scales[i] = (torch.rand(size, generator=make) + 0.5).to(device)
+                scale = torch.rand(size, generator=make) + 0.5
+                # In eighths, many quotients lie exactly between two codes.
+                scales[i] = (scale if pool == "nhd" else (8 * scale).round() / 8).to(device)
             ends = [new]
             if spec.rope is not Rope.NONE and i == 0:
                 self.positions, self.cos_sin = self._angles(spec, count, make)
@@ -70,7 +76,7 @@ class WriteCase:
     def _expected(
         self, spec: KernelSpec, held: torch.Tensor, new: torch.Tensor, scale: torch.Tensor | None
     ) -> torch.Tensor:
-        kept = self.slots >= 0
+        kept = self.kept
         if scale is not None:
             kind = TORCH_DTYPES[spec.kv_dtype]
             most = torch.finfo(kind).max
@@ -84,7 +90,7 @@ class WriteCase:
         """Call the operator."""
         callee.write_kv(
             self.new_k, self.new_v, self.slots, self.k, self.v, self.k_scale, self.v_scale, variant,
-            *self.turns,
+            *self.turns, *([self.outside.record] if self.outside else []),
         )  # fmt: skip
 
     def judge(self) -> str:
@@ -103,7 +109,7 @@ class WriteCase:
                 block, place, head, dim = (~same).nonzero()[0].tolist()
                 count = int((~same).sum())
                 return f"{count} wrong elements of {name}, the first at [{block}, {place}, {head}, {dim}]"
-        return ""
+        return self.outside.judge() if self.outside else ""
 
 
 def turn(

@@ -178,20 +178,21 @@ def chosen_pack() -> ServingPack:
     return _opened(Path(text).expanduser().resolve())
 
 
-def require_version(name: str, version: str, low: tuple[int, int], high: tuple[int, int]) -> None:
+def require_version(name: str, version: str, low: tuple[int, ...], high: tuple[int, ...]) -> None:
     """Refuse a stack outside of the versions that the plug-in was tested with.
 
     Args:
         name: of the distribution.
         version: the one that is installed.
-        low, high: (major, minor), the first that is allowed and the first that is not.
+        low, high: (major, minor, …), the first that is allowed and the first that is not.
 
     Raises:
         VersionUnmet: names both and the command that installs the right one.
     """
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if not found or not low <= (int(found[1]), int(found[2])) < high:
-        raise VersionUnmet(name, version, f">={low[0]}.{low[1]},<{high[0]}.{high[1]}")
+    found = re.match(r"\d+\.\d+(\.\d+)*", version)
+    if not found or not low <= tuple(map(int, found[0].split("."))) < high:
+        first, last = (".".join(map(str, bound)) for bound in (low, high))
+        raise VersionUnmet(name, version, f">={first},<{last}")
 
 
 def lookup(feature: str, value: Any, table: Mapping[Any, DType]) -> DType:

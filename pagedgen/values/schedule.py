@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from pagedgen.errors import InvalidValue
@@ -47,6 +48,10 @@ class Schedule:
         if not isinstance(value, int):
             raise InvalidValue(field, value, "an integer field is expected")
         return value
+
+    def without(self, fields: Collection[str]) -> Schedule:
+        """The same choices but for those of some fields."""
+        return Schedule(self.template, tuple(choice for choice in self.choices if choice[0] not in fields))
 
     @property
     def name(self) -> str:

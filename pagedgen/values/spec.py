@@ -163,6 +163,10 @@ class KernelSpec:
     else is in the batch, from padding, or from how a prompt was cut into chunks. One variant serves all
     calls.
 
+    ``checked``, of ``write_kv`` and ``gather``: a debug build for GPUs, whose kernel leaves out tokens with
+    slots behind the pool's last and records one of them, in captured graphs too. Without it such a slot is
+    used as an address.
+
     Raises:
         InvalidValue: naming the field, the value and what is allowed.
     """
@@ -189,6 +193,7 @@ class KernelSpec:
     batch_invariant: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
     rope: Rope = field(default=Rope.NONE, metadata=codec.OMIT_DEFAULT)
     rotary_dim: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
+    checked: bool = field(default=False, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         if self.rope is not Rope.NONE and self.rotary_dim == self.head_dim:
@@ -234,6 +239,8 @@ class KernelSpec:
             raise InvalidValue("causality", self.causality.value, allowed)
 
         self._check_rope()
+        if self.checked and self.op not in (Op.WRITE_KV, Op.GATHER):
+            raise InvalidValue("checked", True, f"False is allowed: {self.op.value} has no slots")
         if self.op in MOVES:
             self._refuse_attention()
         if self.op is Op.MERGE:
@@ -305,7 +312,7 @@ class KernelSpec:
         if self.num_q_heads != self.num_kv_heads:
             allowed = f"{self.num_kv_heads}, num_kv_heads, is allowed: {self.op.value} has no query heads"
             raise InvalidValue("num_q_heads", self.num_q_heads, allowed)
-        masks = [name for name in self.masks if name != "rope"]
+        masks = [name for name in self.masks if name not in ("rope", "checked")]
         for name in (*masks, *(n for n in ("return_lse", "batch_invariant") if getattr(self, n))):
             raise InvalidValue(name, getattr(self, name), f"not allowed: {self.op.value} has no softmax")
 
@@ -332,6 +339,7 @@ class KernelSpec:
             "causality": self.causality is not Causality.CAUSAL,
             "tree_mask": self.tree_mask,
             "rope": self.rope is not Rope.NONE,
+            "checked": self.checked,
         }
         return tuple(name for name, is_used in used.items() if is_used)
 
@@ -410,6 +418,8 @@ class KernelSpec:
             parts.append("invariant")
         if self.rope is not Rope.NONE:
             parts.append(f"{self.rope.value}{self.rotary_dim or ''}")
+        if self.checked:
+            parts.append("checked")
         return "-".join(parts)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pagedgen.errors import Unsupported
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.templates.triton.decode import cdiv
-from pagedgen.values.schedule import Schedule
+from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
@@ -30,10 +30,13 @@ class TritonCopyBlocks(Family):
 
     def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
         """Bytes and warps of a program."""
+        # griddepcontrol came with sm_90
+        pdl: tuple[Choice, ...] = (0, 1) if target.kind == "cuda" and target.capability >= 90 else (0,)
         return (
-            Field("tile_m", (128, 256, 512, 1024, 2048), 256, f"pieces of {spec.page_align} B of a program"),
+            Field("tile_m", (128, 256, 512, 1024, 2048), 128, f"pieces of {spec.page_align} B of a program"),
             Field("num_warps", (1, 2, 4, 8), 1, "warps of a program"),
             Field("num_stages", (1,), 1, "there is no loop to pipeline"),
+            Field("pdl", pdl, pdl[-1], "launched while the kernel before it drains, or after it"),
         )
 
     def constraints(self) -> tuple[Constraint, ...]:
@@ -97,6 +100,7 @@ class TritonCopyBlocks(Family):
             "unit": unit,
             "words": unit // 4,
             "tile_m": schedule.int("tile_m"),
+            "pdl": bool(schedule.int("pdl")),
         }
 
 

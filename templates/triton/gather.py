@@ -16,7 +16,7 @@ class TritonGather(TritonWriteKV):
     """Rows from their slots: write_kv the other way round, with its space and its cost."""
 
     name = "triton-gather"
-    masks = ()
+    masks = ("checked",)
     source = TEMPLATES / "triton" / "gather.py.j2"
 
     def check(self, spec: KernelSpec, target: Target) -> None:

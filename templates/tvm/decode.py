@@ -43,8 +43,8 @@ def dot_allowed(spec: KernelSpec, target: Target, lanes: int) -> bool:
     """Whether bf16 dot products compute this spec: q is bf16 (a wider one loses bits), vectors fill up."""
     if not LEVELS[target.arch].bf16_dot or spec.q_dtype is not DType.BF16:
         return False
-    if spec.kv_dtype.is_fp8:
-        return lanes == 16 and spec.head_dim % (32 if token_inner(spec) else 64) == 0
+    if spec.kv_dtype.is_fp8:  # two rows of V are widened 32 elements at a time
+        return lanes == 16 and spec.head_dim % (32 if token_inner(spec) else 64) == 0 == spec.v_dim % 32
     return token_inner(spec) or spec.head_dim % (2 * lanes) == 0
 
 
@@ -54,7 +54,9 @@ class TvmDecode(Family):
     name = "tvm-decode"
     kind = "cpu"
     source = TEMPLATES / "tvm" / "decode.py.j2"
-    masks = ("window", "logits_soft_cap", "sinks")
+    masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk")
+    v_dims = True
+    invariant = True  # with sequences cut into parts by their own length
     shared: tuple[Path, ...] = (
         TEMPLATES / "tvm" / "vectors.py",
         TEMPLATES / "tvm" / "vectors.j2",
@@ -77,7 +79,7 @@ class TvmDecode(Family):
         heads = divisors(group, 16)
         k_heads = heads if inner else powers(1, min(lanes[-1], group))
         k_vectors = (1, 2, 4) if inner else (1,)
-        row = spec.head_dim // math.gcd(lanes[-1], spec.head_dim)  # vectors in a row of V
+        row = spec.v_dim // math.gcd(lanes[-1], spec.v_dim)  # vectors in a row of V
         v_vectors = divisors(row, 16)
         # The defaults are what was fastest on Zen 4. K is decoded once, for all heads of the group. V is read
         # in whole rows, as it lies in memory, though it is decoded again for every two heads: 1.1x half rows.
@@ -89,6 +91,10 @@ class TvmDecode(Family):
         v_wanted = max(4 if fp8 else 1, half // v_vectors[-1], group // 4)
         v_most = level.registers - 3  # heads of which one vector each, and an operand, fit
         v_head = largest(heads, v_most) if group >= 16 and not fp8 else nearest(heads, v_wanted)
+        parts = (
+            Field("part", (256, 512, 1024), 512, "tokens of a part of a sequence, at least"),
+            Field("max_parts", (16, 64), 16, "parts of a sequence, at most"),
+        )
         return (
             Field("lanes", lanes, lanes[-1], "float32 lanes of a vector"),
             Field("tile", (16, 32, 64, 128), 64 if fp8 else 128, "tokens processed together"),
@@ -107,6 +113,7 @@ class TvmDecode(Family):
             Field("streams", (2, 4, 8), 8, "places of the tile from which rows of V are read in turn"),
             Field("ahead", (0, 1, 2), 1, "tiles between a read and its prefetch; 0: no prefetching"),
             Field("into", ("l1", "l2"), "l2", "the cache that is prefetched into"),
+            *(parts if spec.batch_invariant else ()),
         )
 
     def constraints(self) -> tuple[Constraint, ...]:
@@ -116,7 +123,7 @@ class TvmDecode(Family):
 
         s = sympy.Symbol
         return (
-            Constraint("dim_lanes", Eq(Mod(s("head_dim"), s("v_block")), 0), "V blocks divide head_dim"),
+            Constraint("dim_lanes", Eq(Mod(s("v_dim"), s("v_block")), 0), "V blocks divide a row of V"),
             Constraint("tile_lanes", Eq(Mod(s("tile"), s("k_block")), 0), "K blocks divide the tile"),
             Constraint(
                 "k_registers",
@@ -145,23 +152,22 @@ class TvmDecode(Family):
         from sympy import Max, Min
 
         s = sympy.Symbol
-        elements = s("num_tokens") * s("num_kv_heads") * s("head_dim")
-        vectors = elements / s("lanes")
-        loads = vectors * s("convert") * (s("group") / s("k_heads") + s("group") / s("v_heads"))
-        products = 2 * vectors * s("group") / (1 + s("dot"))
+        rows = s("num_tokens") * s("num_kv_heads") / s("lanes")
+        of_k, of_v = rows * s("head_dim"), rows * s("v_dim")  # vectors
+        loads = s("convert") * s("group") * (of_k / s("k_heads") + of_v / s("v_heads"))
+        products = (of_k + of_v) * s("group") / (1 + s("dot"))
         broadcasts = products / 2 * (1 / s("k_vectors") + 1 / s("v_vectors")) / 2
         softmax = 20 * s("num_tokens") * s("num_kv_heads") * s("group") / s("lanes")
-        rescale = (
-            2 * s("group") * s("num_tokens") * s("num_kv_heads") * s("head_dim") / (s("lanes") * s("tile"))
-        )
+        rescale = 2 * s("group") * of_v / s("tile")
+        partials = 4 * s("partials") * s("group") * s("v_dim") / s("lanes")
         lookahead = Min(1, sympy.Rational(1, 2) + s("ahead") * s("tile") * s("row_bytes") / 16384)
         return (
             Cost("bytes", "B", s("kv_bytes"), "K and V read once"),
             Cost(
                 "instructions",
                 "vector instructions",
-                loads + products + broadcasts + softmax + rescale,
-                "loads and conversions, products, broadcasts, softmax, rescaling of the sums",
+                loads + products + broadcasts + softmax + rescale + partials,
+                "loads and conversions, products, broadcasts, softmax, rescaling of the sums, merges",
             ),
             Cost(
                 "memory_us",
@@ -200,6 +206,8 @@ class TvmDecode(Family):
             "kv_bytes": workload.kv_bytes(spec),
             "num_kv_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,
+            "v_dim": spec.v_dim,
+            "partials": num_parts(spec, schedule, workload) * spec.num_kv_heads,
             "group": spec.group_size,
             "row_bytes": spec.head_dim * spec.kv_dtype.size,
             "unit": shape.unit,
@@ -257,8 +265,11 @@ class TvmDecode(Family):
             "KV": storage,
             "GAIN": 256.0 if spec.kv_dtype is DType.FP8_E4M3 and not shape.dot else 1.0,
             "G": spec.group_size,
+            "bounded": spec.window is not None or spec.attention_chunk is not None,
             "D": spec.head_dim,
+            "DV": spec.v_dim,
             "L": lanes,
+            "QL": math.gcd(lanes, spec.head_dim),
             "VL": shape.v_lanes,
             "PL": min(lanes, shape.tile // 2),
             "TILE": shape.tile,
@@ -293,12 +304,24 @@ class TvmDecode(Family):
         }
 
 
+def num_parts(spec: KernelSpec, schedule: Schedule, workload: Workload) -> int:
+    """The parts that a batch-invariant kernel cuts all sequences into, for each KV head; 0 of another."""
+    if not spec.batch_invariant:
+        return 0
+    tile, parts = schedule.int("tile"), 0
+    for length in workload.seq_lens:
+        tiles = -(-(length - spec.visible(length - 1, length).start) // tile) if length else 0
+        part = max(schedule.int("part") // tile, -(-tiles // schedule.int("max_parts")))
+        parts += -(-tiles // part)
+    return parts
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The geometry that a schedule gives a kernel; see the glossary of the template."""
 
     lanes: int
-    v_lanes: int  # the widest vector that divides head_dim
+    v_lanes: int  # the widest vector that divides a row of V
     tile: int
     unit: int  # contiguous tokens: as much of a block as a tile can take
     k_heads: int
@@ -313,7 +336,7 @@ class Shape:
         lanes, tile = schedule.int("lanes"), schedule.int("tile")
         return cls(
             lanes=lanes,
-            v_lanes=math.gcd(lanes, spec.head_dim),
+            v_lanes=math.gcd(lanes, spec.v_dim),
             tile=tile,
             unit=math.gcd(spec.block_size, tile),
             k_heads=schedule.int("k_heads"),

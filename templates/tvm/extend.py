@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pagedgen.templates.family import TEMPLATES, Constraint, Cost, Family, Field
 from pagedgen.templates.tvm.vectors import (
@@ -24,7 +25,7 @@ from pagedgen.templates.tvm.vectors import (
     token_inner,
 )
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec
+from pagedgen.values.spec import Causality, DType, KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
@@ -35,11 +36,16 @@ class TvmExtend(Family):
     name = "tvm-extend"
     kind = "cpu"
     source = TEMPLATES / "tvm" / "extend.py.j2"
-    masks = ("window", "logits_soft_cap", "sinks")
-    shared = (
+    masks: tuple[str, ...] = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality")
+    v_dims = True
+    # A query tile is one thread's, tiles of K and V begin at multiples of their length, and what a row does
+    # not see adds nothing to it.
+    invariant = True
+    shared: tuple[Path, ...] = (
         TEMPLATES / "tvm" / "vectors.py",
         TEMPLATES / "tvm" / "vectors.j2",
         TEMPLATES / "tvm" / "functions.ll.j2",
+        TEMPLATES / "launcher" / "cpu_ragged.h.j2",
         TEMPLATES / "launcher" / "cpu_extend.cc.j2",
     )
 
@@ -108,7 +114,7 @@ class TvmExtend(Family):
             Cost(
                 "products",
                 "vector instructions",
-                2 * pairs * s("head_dim") / s("lanes") / (1 + s("dot")),
+                pairs * (s("head_dim") + s("v_dim")) / s("lanes") / (1 + s("dot")),
                 "both matrix products",
             ),
             Cost(
@@ -121,13 +127,13 @@ class TvmExtend(Family):
             Cost(
                 "conversion",
                 "vector instructions",
-                per_tile * 2 * s("head_dim") * s("convert") / 4,
+                per_tile * (s("head_dim") + s("v_dim")) * s("convert") / 4,
                 "K and V, once for a query tile",
             ),
             Cost(
                 "transposes",
                 "instructions",
-                4 * s("rows") * s("head_dim"),
+                2 * s("rows") * (s("head_dim") + s("v_dim")),
                 "Q and the output, whose rows become lanes",
             ),
             Cost(
@@ -153,7 +159,9 @@ class TvmExtend(Family):
         met, tiles = 0.0, 0
         for queries, tokens in zip(workload.lens_of_queries, workload.seq_lens, strict=True):
             count = -(-queries * spec.group_size // shape.rows)
-            seen = tokens - queries / 2 if spec.window is None else min(tokens, spec.window)
+            seen = tokens if spec.causality is Causality.FULL else tokens - queries / 2
+            for reach in (spec.window, spec.attention_chunk):
+                seen = seen if reach is None else min(tokens, reach)
             met, tiles = met + count * seen, tiles + count
         return {
             "pairs": workload.flops(spec) / (2 * (spec.head_dim + spec.v_dim) * spec.num_q_heads),
@@ -162,6 +170,7 @@ class TvmExtend(Family):
             "num_q_heads": spec.num_q_heads,
             "num_kv_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,
+            "v_dim": spec.v_dim,
             "lanes": shape.lanes,
             "dot": int(shape.dot),
             "vectors": shape.vectors,
@@ -195,7 +204,12 @@ class TvmExtend(Family):
             "KV": storage,
             "GAIN": 256.0 if spec.kv_dtype is DType.FP8_E4M3 else 1.0,
             "G": spec.group_size,
+            "chunk": spec.attention_chunk,
+            "ahead": spec.causality is not Causality.CAUSAL,
+            "bounded": spec.window is not None or spec.attention_chunk is not None,
+            "ends": spec.attention_chunk is not None or spec.causality is not Causality.CAUSAL,
             "D": spec.head_dim,
+            "DV": spec.v_dim,
             "B": spec.block_size,
             "L": shape.lanes,
             "PL": shape.lanes,
@@ -209,12 +223,13 @@ class TvmExtend(Family):
             "W": math.gcd(unit, shape.k_rows),
             "KL": math.gcd((2 if shape.dot else 1) * shape.lanes, spec.head_dim),
             "VL": math.gcd(shape.v_rows, shape.lanes),
-            "DL": math.gcd(shape.lanes, spec.head_dim),
+            "DL": math.gcd(shape.lanes, spec.v_dim),
             "poly": horner("x[i]"),
             "interleave": interleave,
             "dot_lanes": [shape.lanes],
             "tree": [],
             "table": {},
+            "A": False,
         }
 
 
@@ -230,11 +245,13 @@ class Shape:
     v_rows: int
     dot: bool
     head_dim: int
+    v_dim: int
 
     @classmethod
     def of(cls, spec: KernelSpec, target: Target, schedule: Schedule) -> Shape:
         """Derived from the schedule's fields and the width of the target's vectors."""
-        lanes, vectors = LEVELS[target.arch].bits // 32, schedule.int("vectors")
+        widest, vectors = LEVELS[target.arch].bits // 32, schedule.int("vectors")
+        lanes = int(dict(schedule.choices).get("lanes", widest))  # verify chooses
         return cls(
             lanes=lanes,
             vectors=vectors,
@@ -244,14 +261,20 @@ class Shape:
             v_rows=schedule.int("v_rows"),
             dot=schedule["dot"] == "bf16",
             head_dim=spec.head_dim,
+            v_dim=spec.v_dim,
         )
 
     @property
     def packed_bytes(self) -> tuple[int, int, int, int]:
         """Bytes of a thread's scratch: Q, a tile of K, a tile of V, the sums of p * V."""
         size = 2 if self.dot else 4
-        q, kv = self.rows * self.head_dim * size, self.tile * self.head_dim * size
-        return q, kv, kv, self.rows * self.head_dim * 4
+        q, k, v = self.rows * self.head_dim, self.tile * self.head_dim, self.tile * self.v_dim
+        return q * size, k * size, v * size, self.rows * self.v_dim * 4
+
+    @property
+    def state(self) -> int:
+        """Floats that verify keeps of a query tile: sums of p * V, maximal scores and sums of p."""
+        return self.rows * (self.v_dim + 2)
 
     @property
     def scratch_bytes(self) -> int:

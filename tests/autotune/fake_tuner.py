@@ -42,7 +42,9 @@ def install(space: list[Schedule], put: Callable[[object, str, object], None]) -
 
     class Family:
         name = "fake"
-        spill_bytes = 0
+
+        def spills(self, spec: object) -> int:
+            return 0
 
     def fake_compile(sources: Sequence[Source], pool: object, cache: object) -> Iterator[Compiled]:
         for source in sources:

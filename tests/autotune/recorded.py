@@ -119,16 +119,19 @@ def combined() -> tuple[Recording, ...]:
     return tuple(found)
 
 
-def neighbours(recording: Recording, count: int) -> list[Schedule]:
-    """What was fastest on the same batches for the nearest other spec: as `warm.guesses` would guess."""
-    space = tuple(recording.times)
+def nearest(recording: Recording) -> list[Recording]:
+    """The same batches for other specs, the nearest first."""
     others = [r for r in (*recordings(), *combined()) if r.workloads == recording.workloads]
-    others = sorted(
-        (r for r in others if r.spec != recording.spec), key=lambda r: warm._distance(r.spec, recording.spec)
-    )
+    others = [r for r in others if r.spec != recording.spec]
+    return sorted(others, key=lambda r: warm._distance(r.spec, recording.spec))
+
+
+def neighbours(recording: Recording, count: int = warm.GUESSES) -> list[Schedule]:
+    """What was fastest on the same batches for the nearest other specs: as `warm.guesses` would guess."""
+    space = tuple(recording.times)
     found = [
         warm._legal(schedule, dict(schedule.choices), set(space), space)
-        for other in others
+        for other in nearest(recording)
         for schedule in sorted(other.times, key=lambda s: other.times[s])[:count]
     ]
     return list(dict.fromkeys(found))[:count]

@@ -5,31 +5,51 @@ from __future__ import annotations
 import math
 import random
 import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from recorded import Recording, Replay, combined, neighbours, recordings
+from recorded import Recording, Replay, combined, nearest, neighbours, recordings
 
 from pagedgen.autotune.grid import Grid
 from pagedgen.autotune.ledger import Ledger
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.search import Found, Stop, search
 from pagedgen.autotune.tune import pruned
+from pagedgen.values.schedule import Schedule
 
 CASES = (*recordings(), *combined())
-# All but three: 8x4096 in fp16, of which one schedule of 255 is within 1% of the best (8 of 10 seeds end
-# there), 128x1024 in fp8, of which two of 244 are, unlike what the neighbours have (2 of 10), and the mean of
-# all in fp16, of whose 85 schedules 12 are tried (8 of 10).
-STEADY = tuple(case for i, case in enumerate(CASES) if i not in (3, 7, 15))
+# All but one: 8x4096 in fp16, of which one schedule of 255 is within 1% of the best. 2 of 10 seeds end there,
+# the others at most 1.3% above.
+STEADY = tuple(case for i, case in enumerate(CASES) if i != 3)
+
+
+@cache
+def timed_there(at: int) -> Mapping[Schedule, float]:
+    """What a search of the nearest spec, one that began with guesses alone, left on record."""
+    other = nearest(CASES[at])[0]
+    predicted = dict(other.predicted)
+    trials = len(predicted) * 15 // 100
+    found = search(
+        tuple(other.times),
+        Replay(other),
+        trials=trials,
+        batch=max(4, trials // 10),
+        start=list(dict.fromkeys([*neighbours(other, 2), min(predicted, key=predicted.__getitem__)])),
+        predicted=predicted,
+    )
+    return {o.schedule: o.time_us for o in found.outcomes if o.time_us is not None}
 
 
 def run(
     recording: Recording, replay: Replay, seed: int, trials: int | None = None, **options: object
 ) -> Found:
-    """As the tuner searches: first what neighbouring specs chose, the model's favourite and a random one."""
+    """As the tuner searches: first what neighbouring specs chose, the model's favourite and a random one;
+    what the nearest spec's search timed is a belief."""
     predicted = dict(recording.predicted)
     favourite = min(predicted, key=predicted.__getitem__)
     drawn = random.Random(0).sample(sorted(recording.times), 10)[seed]  # another one for each seed
@@ -40,8 +60,9 @@ def run(
         trials=trials,
         batch=max(4, trials // 10),
         seed=seed,
-        start=list(dict.fromkeys([*neighbours(recording, 2), favourite, drawn])),
+        start=list(dict.fromkeys([*neighbours(recording), favourite, drawn])),
         predicted=predicted,
+        elsewhere=[timed_there(CASES.index(recording))],
         **options,
     )
 

@@ -135,6 +135,25 @@ def test_an_unwritable_cache_is_warned_of_once(fakes, database, cpu, monkeypatch
     assert warnings == ["records are not kept: /cache: No space left on device"]
 
 
+def test_a_disk_that_fills_up_under_candidates_ends_the_run_with_its_name(
+    fakes, database, cpu, monkeypatch
+) -> None:
+    linked = module.link
+    calls = []
+
+    def link(*arguments: object) -> Path:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return linked(*arguments)
+
+    monkeypatch.setattr(module, "link", link)
+    with pytest.raises(CacheUnwritable, match=r"No space left on device; \d+ timings are kept in "):
+        tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=database)
+    result = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=database)
+    assert result.counts.known == 5 and {o.schedule for o in result.outcomes} == set(FINE)
+
+
 def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
     fakes[:] = [*FINE, schedule(64, 4, "spills")]
     h100 = replace(target("h100"), name="h100-made-up")
@@ -206,6 +225,9 @@ def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -
     skewed = Workload("skewed", (1, 1, 300, 1, 1, 1, 1, 1))
     assert regimes([*plain, skewed]) == (plain[0], skewed, plain[9])
     assert regimes([plain[0], skewed]) == (plain[0], skewed)
+    long, many = Workload.uniform(1, 4096), Workload.uniform(8, 512)  # as many tokens
+    large = [Workload.uniform(8, 4096), Workload.uniform(8, 8192)]
+    assert regimes([many, long, *large]) == (long, large[0], large[1])
 
 
 # ---- for real ----

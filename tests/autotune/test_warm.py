@@ -14,9 +14,9 @@ from recorded import H100, SPECS, modelled
 
 from pagedgen.autotune.database import Database, Entry
 from pagedgen.autotune.select import select
-from pagedgen.autotune.warm import guesses
+from pagedgen.autotune.warm import guesses, timings, untried_values
 from pagedgen.compiler.space import default_schedule
-from pagedgen.values.record import Status
+from pagedgen.values.record import Status, Timing
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target_table import target
@@ -80,3 +80,39 @@ def test_damaged_and_other_files_are_passed_over(database: Database) -> None:
     (folder / "decode-empty.json").write_text("[]")
     save(database, SPEC, SPACE[1])
     assert guesses(database, SPEC, target("h200"), SPACE) == [SPACE[1]]
+
+
+def test_a_value_that_nothing_on_record_has_is_tried_with_what_won() -> None:
+    def one(tile: int, split: str) -> Schedule:
+        return Schedule.of("t", tile=tile, split=split)
+
+    space = [one(tile, split) for tile in (16, 32, 64) for split in ("even", "walk")]
+    space.remove(one(64, "walk"))  # not legal: the first legal one with walk stands for it
+    won = [one(64, "even"), one(32, "even")]
+    assert untried_values(won, [*won, one(16, "even")], space, 8) == [one(16, "walk"), one(32, "walk")]
+    assert untried_values(won, won, space, 8) == [one(16, "walk"), one(16, "even"), one(32, "walk")]
+    assert untried_values(won, won, space, 1) == [one(16, "walk")]
+    assert untried_values(won, space, space, 8) == untried_values([], [], space, 8) == []
+
+
+def test_times_of_the_nearest_spec_are_those_on_the_batches_that_most_met(database: Database) -> None:
+    short = Workload.uniform(1, 1024)
+    near, far = replace(SPEC, block_size=32), replace(SPEC, head_dim=256)
+    for spec, scale in ((near, 1.0), (far, 2.0)):
+        rows = [replace(r, spec=spec, timing=Timing(*[scale * r.time_us] * 3, 3)) for r in ROWS[:12]]
+        rows += [replace(r, workload=short, timing=Timing(1.0, 1.0, 1.0, 3)) for r in rows[:9]]
+        choice = select({ROWS[0].schedule: {ROWS[0].workload: 1.0}})
+        database.save(Entry(spec, H100.name, tuple(rows), choice))
+    (found,) = timings(database, SPEC, H100)
+    assert found == pytest.approx({r.schedule: r.time_us for r in ROWS[:12]})
+    assert len(timings(database, SPEC, H100, count=3)) == 2
+    assert timings(database, far, H100) == [pytest.approx({r.schedule: 2 * r.time_us for r in ROWS[:12]})]
+
+
+def test_a_few_times_or_predicted_ones_say_nothing(database: Database) -> None:
+    save(database, replace(SPEC, block_size=32), SPACE[1])
+    assert timings(database, SPEC, H100) == []
+    rows = [replace(r, status=Status.PREDICTED, timing=None, verdict=None) for r in ROWS[:12]]
+    choice = select({ROWS[0].schedule: {ROWS[0].workload: 1.0}}, Status.PREDICTED)
+    database.save(Entry(SPEC, H100.name, tuple(rows), choice))
+    assert timings(database, SPEC, H100) == []

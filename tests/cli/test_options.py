@@ -80,3 +80,13 @@ def test_tensor_parallelism_and_gaps_come_with_the_model():
     made = job(model="gpt-oss-20b", tp=4)
     assert (made.only.num_q_heads, made.only.num_kv_heads) == (16, 2)
     assert made.label == "gpt-oss-20b-tp4" and len(made.warnings) == 3
+
+
+def test_a_debug_build_is_of_what_has_slots():
+    serving = job(gpu="h100", ops="decode,write_kv")
+    assert [spec.op.value for spec in serving.checked().specs if spec.checked] == ["write_kv"]
+    assert len(serving.checked().specs) == len(serving.specs) and not any(s.checked for s in serving.specs)
+    on_cpu = job(gpu=None, cpu=True, ops="write_kv")
+    assert on_cpu.checked() == on_cpu  # its launcher refuses them in any case
+    with pytest.raises(InvalidValue, match=r"debug = True: write_kv among the operators \(--ops\)"):
+        job(gpu="h100").checked()

@@ -109,6 +109,8 @@ def test_launchers_of_moves_pass_what_the_kernel_takes(make_spec, default_schedu
     if op == "kv_scales":
         rope, kv = {"block_size": 1}, "fp8_e4m3"
     more = {"block_size": 1, "kv": "f16", "sinks": kv != "f16"} if op == "merge" else {"kv": kv, **rope}
+    if op in ("write_kv", "gather"):
+        more["checked"] = kv != "f16"  # its launcher gives the record and the number of slots
     spec = make_spec(128, (8, 8), q=kv if op == "copy_blocks" else "f16", op=op, **more)
     text = render(spec, h100, default_schedule(spec, h100)).text
     signature = text.split(f"def paged_{op}(")[1].split("):")[0]
@@ -220,10 +222,10 @@ def test_what_cannot_be_linked(make_spec, gpu_binary, a100):
     invariant = gpu_binary(make_spec(batch_invariant=True))
     several = (Rule(4, 2**31 - 1, 0), Rule(2**31 - 1, 2**31 - 1, 1))
     with pytest.raises(
-        InvalidValue, match=r"dispatch = \[0, 1\]: one variant is allowed: the batch must not"
+        InvalidValue, match=r"dispatch = \[0, 1\]: variants of one kernel are allowed: the batch must not"
     ):
-        assemble([invariant, invariant], several)
-    assemble([invariant, invariant], (Rule(4, 2**31 - 1, 1), Rule(2**31 - 1, 2**31 - 1, 1)))
+        assemble([invariant, gpu_binary(make_spec(batch_invariant=True), max_parts=16)], several)
+    assemble([invariant, gpu_binary(make_spec(batch_invariant=True), waves=6)], several)
     with pytest.raises(InvalidValue, match="variant = 1: 0 to 0 is allowed"):
         assemble([one], (Rule(1, 1, 1),))
     hip = Target("mi300x", "hip", "gfx942", 304)

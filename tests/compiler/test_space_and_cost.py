@@ -71,6 +71,17 @@ def test_fp8_decode_follows_the_hardware(make_spec, h100, a100):
     assert {s["fp8_decode"] for s in feasible(spec, a100)} == {"bits"}
 
 
+def test_an_lse_is_never_the_sum_of_weights_in_bfloat16(make_spec, h100):
+    """A weight in bfloat16 errs by 2^-9, and so would the LSE where one token has most of the weight."""
+    sums = {
+        (dtype, lse): {s["sums"] for s in feasible(make_spec(q=dtype, lse=lse), h100)}
+        for dtype in ("f16", "bf16")
+        for lse in (False, True)
+    }
+    assert sums.pop(("bf16", True)) == {"reduce"}
+    assert list(sums.values()) == 3 * [{"reduce", "dot"}]
+
+
 def test_hopper_s_own_choices_are_offered_on_hopper_alone(make_spec, h100, a100):
     mqa = make_spec(heads=(32, 1))
     assert {(s["rows"], s["num_warps"] >= 4) for s in feasible(mqa, h100)} == {
@@ -79,7 +90,9 @@ def test_hopper_s_own_choices_are_offered_on_hopper_alone(make_spec, h100, a100)
         (64, True),
     }
     assert {s["rows"] for s in feasible(mqa, a100)} == {32}
-    assert {s["pdl"] for s in feasible(mqa, h100)} == {0, 1}
+    assert {s["pdl"] for s in feasible(mqa, h100)} == {0, 1, 2}
+    ahead = [s for s in feasible(mqa, h100) if s["pdl"] == 2]
+    assert {s["split"] for s in ahead} == {"walk"} and {s["waves"] for s in ahead} == {1, 2}
     assert {s["pdl"] for s in feasible(mqa, a100)} == {0}
 
 

@@ -12,7 +12,7 @@ from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule
 from pagedgen.compiler.support import Proof, cell, tables
 from pagedgen.compiler.triton import compile_triton
-from pagedgen.values.spec import Op
+from pagedgen.values.spec import Op, Rope
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import target
 
@@ -47,9 +47,13 @@ def test_the_matrix_in_the_docs_is_what_the_families_say():
 def test_a_cell_says_why_it_is_refused(make_spec):
     a100, l40s, *_, cpu = PROOFS
     assert cell(Op.DECODE, {}, cpu) == "tested"
-    assert cell(Op.VERIFY, {}, cpu) == "refused: op verify on target kind cpu: no template"
-    assert "head_dim_v = 64: tvm-decode covers" in cell(Op.DECODE, {"head_dim_v": 64}, cpu)
-    assert "alibi = True: tvm-decode covers window" in cell(Op.DECODE, {"alibi": True}, cpu)
+    assert cell(Op.VERIFY, {"tree_mask": True}, cpu) == "tested"
+    assert cell(Op.MERGE, {}, cpu) == (
+        "refused: op merge on target kind cpu: no template; the runtime has torch do it"
+    )
+    assert "head_dim_v = 64: tvm-write-kv covers" in cell(Op.WRITE_KV, {"head_dim_v": 64}, cpu)
+    rope = {"rope": Rope.NEOX}
+    assert "rope = neox: tvm-write-kv covers no masks" in cell(Op.WRITE_KV, rope, cpu)
     assert cell(Op.DECODE, {"tree_mask": True}, a100) == "–"
     for proof, how in ((a100, "tested"), (l40s, "compile-checked only")):
         assert cell(Op.DECODE, {"alibi": True}, proof) == how

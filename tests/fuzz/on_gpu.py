@@ -92,7 +92,18 @@ def tried(seed: int, number: int, spec: KernelSpec, path: Path, inputs: int) -> 
     while sum(outcome.inputs for outcome in outcomes) < inputs:
         wrap = captured if draw.random() < 1 / 3 else None
         outcomes.append(attempt(spec, library, 0, draw, LARGE, "cuda", workspace, wrap))
+        if outcomes[-1].broke:
+            break
     return outcomes
+
+
+def is_lost() -> bool:
+    """Whether the CUDA context has gone: every call fails from then on."""
+    try:
+        torch.ones(1, device="cuda").sum().item()
+    except RuntimeError:
+        return True
+    return False
 
 
 def main() -> int:
@@ -102,13 +113,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--having", default="", help="only specs with this feature: a field of KernelSpec")
     parser.add_argument("--without", default="", help="no specs with this feature")
+    parser.add_argument("--first", type=int, default=0, help="begin with this draw")
     parser.add_argument("--only", type=int, help="one draw, by its number")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no more specs after so long")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     to, start = gpu_target(), time.monotonic()
-    numbers = [options.only] if options.only is not None else list(range(options.specs))
+    numbers = [options.only] if options.only is not None else list(range(options.first, options.specs))
     draws: list[dict[str, Any]] = []
     refused, not_compiled, broken = 0, [], ""
     with (
@@ -131,11 +143,9 @@ def main() -> int:
                 try:
                     outcomes = tried(options.seed, number, spec, path, options.inputs)
                 except Exception as error:  # whatever it was, it is that draw's
-                    outcomes = [Outcome("", f"{type(error).__name__}: {error}")]
-                    try:
-                        torch.ones(1, device="cuda").sum().item()
-                    except RuntimeError:
-                        broken = f"the CUDA context is lost after {spec.name} ({number})"
+                    outcomes = [Outcome("", f"{type(error).__name__}: {error}".splitlines()[0], broke=True)]
+                if outcomes[-1].broke and is_lost():
+                    broken = f"the CUDA context is lost after {spec.name} ({number}, {outcomes[-1].what})"
                 path.unlink()
                 about = {"number": number, "op": spec.op.value, "spec": spec.name, "schedule": schedule.name}
                 draws += [about | asdict(outcome) for outcome in outcomes]
@@ -148,6 +158,7 @@ def main() -> int:
         counts[draw["op"]] += draw["inputs"]
     summary = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": options.seed,
+        "first": options.first,
         "having": options.having, "without": options.without,
         "seconds": round(time.monotonic() - start, 1), "specs": len({draw["number"] for draw in draws}),
         "distinct_specs": len({draw["spec"] for draw in draws}),

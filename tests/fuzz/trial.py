@@ -27,6 +27,7 @@ from pagedgen.compiler.verify import (
     run_case,
     runs_of,
 )
+from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.spec import KernelSpec
 
@@ -41,6 +42,7 @@ class Outcome:
     torch_error: float = 0.0  # torch's in the spec's own type
     allowed: float = 0.0
     inputs: int = 1  # batches that it stands for
+    broke: bool = False  # the call raised: a GPU's context may be lost
 
 
 def torch_attention(spec: KernelSpec, inputs: Inputs) -> torch.Tensor:
@@ -99,7 +101,15 @@ def attempt(
     def call() -> None:
         run_case(spec, callee, variant, inputs, workspace)
 
-    (wrap(call) if wrap else call)()
+    what += ", captured" if wrap else ""
+    try:
+        (wrap(call) if wrap else call)()
+        if device != "cpu":
+            torch.cuda.synchronize()  # what the kernel did is found out here, where its batch can be named
+    except ArgumentError:
+        raise
+    except Exception as error:
+        return Outcome(what, f"{type(error).__name__}: {error}".splitlines()[0], broke=True)
     expected = reference(spec, inputs)
     error, allowed, reason = judge(spec, inputs, expected)
     if reason:

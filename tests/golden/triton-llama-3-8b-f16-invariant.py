@@ -61,7 +61,9 @@ def paged_decode(
     num_pieces = 0  # pieces of the sequences seen so far
     for base in range(0, num_seqs, 128):
         lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
-        part_tiles = tl.maximum(((lens + 63) // 64 + 31) // 32, 4)
+        tiles = (lens + 63) // 64
+        part_tiles = tl.maximum((tiles + 31) // 32, 4)
+        part_tiles = tl.where(tiles <= 8, 8, part_tiles)  # a short sequence stays whole
         parts = (lens + part_tiles * 64 - 1) // (part_tiles * 64)
         pieces = tl.maximum(tl.minimum(parts, (lens + chunk - 1) // chunk), 1)
         at_once = tl.maximum((parts + pieces - 1) // pieces, 1)
@@ -75,7 +77,9 @@ def paged_decode(
         return
 
     seq_len = tl.load(seq_lens_ptr + seq)
-    part_tiles = tl.maximum(((seq_len + 63) // 64 + 31) // 32, 4)
+    tiles = (seq_len + 63) // 64
+    part_tiles = tl.maximum((tiles + 31) // 32, 4)
+    part_tiles = tl.where(tiles <= 8, 8, part_tiles)  # a short sequence stays whole
     parts = (seq_len + part_tiles * 64 - 1) // (part_tiles * 64)
     pieces = tl.maximum(tl.minimum(parts, (seq_len + chunk - 1) // chunk), 1)
     at_once = tl.maximum((parts + pieces - 1) // pieces, 1)
@@ -140,10 +144,12 @@ def paged_decode(
 
         if (pos + 64 == part_end) & (part_end < end):
             done_l = l
-            done_rows = (seq.to(tl.int64) * 32 + part) * 4 + rows
-            tl.store(lse_slots_ptr + done_rows, m + tl.log2(done_l), mask=row_ok)
+            # Where the part goes is one number, and rows and columns beside it 32-bit ones: 64-bit addresses of every element,
+            # kept through the loop, took all of a thread's registers.
+            done_slot = (seq.to(tl.int64) * 32 + part) * 4
+            tl.store(lse_slots_ptr + done_slot + rows, m + tl.log2(done_l), mask=row_ok)
             done_factor = (1.0 / done_l)[:, None]
-            done_ptrs = part_slots_ptr + done_rows[:, None] * 128 + col0[None, :]
+            done_ptrs = (part_slots_ptr + done_slot * 128) + (rows[:, None] * 128 + col0[None, :])
             tl.store(done_ptrs, acc_0 * done_factor, mask=row_ok[:, None])
             part += 1
             part_end += part_len

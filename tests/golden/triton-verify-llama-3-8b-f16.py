@@ -1,9 +1,9 @@
 """verify-h128-q32-kv8-b16-f16 for sm_90
 
-schedule: fp8_decodenone-merge32-num_stages3-num_warps4-seq_lanes128-tile64-tile_m32-waves2 (triton-verify, pagedgen 0.1.0)
+schedule: fp8_decodenone-merge32-num_stages3-num_warps4-seq_lanes128-tile64-tile_m64-waves2 (triton-verify, pagedgen 0.1.0)
 
 Verify: a few queries a sequence, its last tokens, against its paged keys and values, causal. A
-program takes one piece (a run of tokens) of one sequence and one tile of 32 rows of one KV head; a row is one query
+program takes one piece (a run of tokens) of one sequence and one tile of 64 rows of one KV head; a row is one query
 and one of the 4 query heads that share the KV head. Pieces of a long sequence leave partial results, and the
 program that finishes last merges them.
 
@@ -55,7 +55,7 @@ def paged_verify(
         lens = tl.load(seq_lens_ptr + base + lanes, mask=ok, other=0)
         q_lens = tl.load(cu_seqlens_q_ptr + base + lanes + 1, mask=ok, other=0)
         q_lens = tl.maximum(q_lens - tl.load(cu_seqlens_q_ptr + base + lanes, mask=ok, other=0), 0)
-        tiles = (q_lens * 4 + 31) // 32
+        tiles = (q_lens * 4 + 63) // 64
         total += tl.sum(lens.to(tl.int64) * tiles, axis=0)
     chunk = (total + partitions - 1) // partitions
     chunk = tl.maximum((chunk.to(tl.int32) + 63) // 64 * 64, 256)
@@ -69,7 +69,7 @@ def paged_verify(
         lens = tl.load(seq_lens_ptr + base + lanes, mask=ok, other=0)
         q_lens = tl.load(cu_seqlens_q_ptr + base + lanes + 1, mask=ok, other=0)
         q_lens = tl.maximum(q_lens - tl.load(cu_seqlens_q_ptr + base + lanes, mask=ok, other=0), 0)
-        tiles = (q_lens * 4 + 31) // 32
+        tiles = (q_lens * 4 + 63) // 64
         parts = (lens + chunk - 1) // chunk
         pieces_end = num_pieces + tl.cumsum(parts * tiles, axis=0)
         before = pieces_end <= program
@@ -83,7 +83,7 @@ def paged_verify(
     seq_len = tl.load(seq_lens_ptr + seq)
     q_begin = tl.load(cu_seqlens_q_ptr + seq)
     q_len = tl.load(cu_seqlens_q_ptr + seq + 1) - q_begin
-    num_tiles = (q_len * 4 + 31) // 32
+    num_tiles = (q_len * 4 + 63) // 64
     num_parts = (seq_len + chunk - 1) // chunk  # pieces of my query tile
     part = (program - first_program) // num_tiles
     q_tile = (program - first_program) % num_tiles
@@ -92,8 +92,8 @@ def paged_verify(
     begin = part * part_len
     end = tl.minimum(begin + part_len, seq_len)
 
-    rows = tl.arange(0, 32)
-    my_rows = q_tile * 32 + rows
+    rows = tl.arange(0, 64)
+    my_rows = q_tile * 64 + rows
     queries = my_rows // 4  # of the sequence
     context = seq_len - q_len  # tokens that every query sees
     row_ok = (queries < q_len) & (context + queries >= 0)
@@ -116,12 +116,12 @@ def paged_verify(
 
     q_base = q_ptr + q_tokens * q_stride_token + q_heads.to(tl.int64) * q_stride_head
     q_ptrs = q_base[:, None] + dim0[None, :]
-    q0 = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [32, 128]
+    q0 = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)  # [64, 128]
     scale = scores_scale
 
-    m = tl.full([32], -1e30, tl.float32)  # finite: a row may see nothing of its piece
-    l = tl.zeros([32], tl.float32)
-    acc0 = tl.zeros([32, 128], tl.float32)
+    m = tl.full([64], -1e30, tl.float32)  # finite: a row may see nothing of its piece
+    l = tl.zeros([64], tl.float32)
+    acc0 = tl.zeros([64, 128], tl.float32)
     # Up to full_end every row sees all; the queries' own tokens come after it.
     full_end = tl.minimum(end, tl.maximum(context, begin))
     full_end = begin + (full_end - begin) // 64 * 64
@@ -136,7 +136,7 @@ def paged_verify(
         v_rows = tl.multiple_of(tl.reshape(v_rows, [64]), 8)
         k_ptrs = k_base + col0[:, None] + k_rows[None, :]
         k0 = tl.load(k_ptrs)  # [128, 64]
-        s = tl.dot(q0, k0)  # [32, 64]
+        s = tl.dot(q0, k0)  # [64, 64]
         m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s * scale - m_new[:, None])
@@ -157,7 +157,7 @@ def paged_verify(
         live = pos + tokens < end
         k_ptrs = k_base + col0[:, None] + k_rows[None, :]
         k0 = tl.load(k_ptrs, mask=live[None, :], other=0)  # [128, 64]
-        s = tl.dot(q0, k0)  # [32, 64]
+        s = tl.dot(q0, k0)  # [64, 64]
         visible = (pos + tokens[None, :] <= positions[:, None]) & live[None, :]
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
@@ -181,9 +181,9 @@ def paged_verify(
     else:
         # leave my part; the last program of this query tile to arrive merges them all
         head_slot = kv_head.to(tl.int64) * (2 * partitions)
-        lse_slots_ptr = partial_lse_ptr + head_slot * 32
-        part_slots_ptr = partial_ptr + head_slot * 4096
-        slot_rows = (first_piece + part) * 32 + rows
+        lse_slots_ptr = partial_lse_ptr + head_slot * 64
+        part_slots_ptr = partial_ptr + head_slot * 8192
+        slot_rows = (first_piece + part) * 64 + rows
         tl.store(lse_slots_ptr + slot_rows, lse)
         my_ptrs = part_slots_ptr + slot_rows[:, None] * 128 + dim0[None, :]
         tl.store(my_ptrs, acc0)
@@ -191,15 +191,15 @@ def paged_verify(
         tl.debug_barrier()  # every thread's stores come before the release below
         if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
             tl.store(counter, 0)  # ready for the next call
-            row = tl.arange(0, 32)
+            row = tl.arange(0, 64)
             dim = tl.arange(0, 128)
             merge_part = tl.arange(0, 1)
-            merged_m = tl.full([32], -1e30, tl.float32)
-            merged_l = tl.zeros([32], tl.float32)
-            merged = tl.zeros([32, 128], tl.float32)
+            merged_m = tl.full([64], -1e30, tl.float32)
+            merged_l = tl.zeros([64], tl.float32)
+            merged = tl.zeros([64, 128], tl.float32)
             for base in range(0, num_parts, 1):
                 others = base + merge_part
-                part_rows = (first_piece + others)[:, None] * 32 + row[None, :]  # [1, 32]
+                part_rows = (first_piece + others)[:, None] * 64 + row[None, :]  # [1, 64]
                 ok = (others < num_parts)[:, None]
                 part_lse = tl.load(lse_slots_ptr + part_rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
                 part_ptrs = part_slots_ptr + part_rows[:, :, None] * 128 + dim[None, None, :]
@@ -212,7 +212,7 @@ def paged_verify(
                 merged = merged * shrink[:, None] + tl.sum(part_out * weight[:, :, None], axis=0)
                 merged_m = m_new
             merged = merged / merged_l[:, None]
-            my_rows = q_tile * 32 + row
+            my_rows = q_tile * 64 + row
             queries = my_rows // 4
             live = (queries < q_len) & (context + queries >= 0)
             q_heads = kv_head * 4 + my_rows % 4

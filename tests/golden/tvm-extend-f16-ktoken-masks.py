@@ -151,8 +151,8 @@ class Extend:
                             x = T.alloc_local((8,), "float32")
                             n = T.alloc_local((8,), "float32")
                             total = T.alloc_local((8,), "float32")
-                            for i in T.vectorized(8):
-                                new[i] = T.float32(-1e30)
+                            for i in T.vectorized(8):  # above a masked score by more than its product with a scale is rounded by
+                                new[i] = T.float32(-1e20)
                             for nb in T.serial((end - begin) // 4):
                                 for r in T.unroll(4):
                                     for i in T.vectorized(8):
@@ -243,8 +243,8 @@ class Extend:
                             x = T.alloc_local((8,), "float32")
                             n = T.alloc_local((8,), "float32")
                             total = T.alloc_local((8,), "float32")
-                            for i in T.vectorized(8):
-                                new[i] = T.float32(-1e30)
+                            for i in T.vectorized(8):  # above a masked score by more than its product with a scale is rounded by
+                                new[i] = T.float32(-1e20)
                             for nb in T.serial((end - begin) // 4):
                                 for r in T.unroll(4):
                                     for i in T.vectorized(8):

@@ -192,8 +192,8 @@ class Extend:
                             x = T.alloc_local((16,), "float32")
                             n = T.alloc_local((16,), "float32")
                             total = T.alloc_local((16,), "float32")
-                            for i in T.vectorized(16):
-                                new[i] = T.float32(-1e30)
+                            for i in T.vectorized(16):  # above a masked score by more than its product with a scale is rounded by
+                                new[i] = T.float32(-1e20)
                             for nb in T.serial((end - begin) // 8):
                                 for r in T.unroll(8):
                                     for i in T.vectorized(16):
@@ -301,8 +301,8 @@ class Extend:
                             x = T.alloc_local((16,), "float32")
                             n = T.alloc_local((16,), "float32")
                             total = T.alloc_local((16,), "float32")
-                            for i in T.vectorized(16):
-                                new[i] = T.float32(-1e30)
+                            for i in T.vectorized(16):  # above a masked score by more than its product with a scale is rounded by
+                                new[i] = T.float32(-1e20)
                             for nb in T.serial((end - begin) // 8):
                                 for r in T.unroll(8):
                                     for i in T.vectorized(16):

@@ -31,7 +31,7 @@ from pagedgen.compiler.verify import Case, gate, make_inputs, run_case
 from pagedgen.errors import InvalidValue, Unsupported
 from pagedgen.runtime.library import Library
 from pagedgen.values.schedule import Schedule
-from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
+from pagedgen.values.spec import Causality, DType, KernelSpec, KVScale, Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import gpu_target
 
@@ -43,7 +43,8 @@ FEATURES = {
 
 
 def specs(op: Op, to: Target) -> tuple[KernelSpec, ...]:
-    """Of a family: 16 bits; fp8 with its masks and two loads a row; token slots; large blocks."""
+    """Of a family: 16 bits; fp8 with its masks and two loads a row; token slots; large blocks; and of
+    attention what else changes its kernels: V's own rows, causality by the call, batch invariance."""
     family = family_of(op, to)
     masks = {name: value for name, value in FEATURES.items() if name in family.masks}
     if "tree_mask" in masks:  # which takes no other rule of what a query sees
@@ -56,6 +57,11 @@ def specs(op: Op, to: Target) -> tuple[KernelSpec, ...]:
         (128, 1, F16, E5M2, KVScale.TENSOR, {"return_lse": lse}),
         (64, 544, BF16, BF16, KVScale.NONE, {}),
     )
+    if op in ATTENTION:
+        rest: dict[str, Any] = {"head_dim_v": 40, "batch_invariant": family.invariant}
+        if "causality" in family.masks:
+            rest["causality"] = Causality.PER_SEQUENCE
+        wanted += ((96, 16, F16, F16, KVScale.NONE, rest),)
     found = []
     for dim, block, q, kv, scale, more in wanted:
         fields = {"head_dim": dim, "block_size": block, "q_dtype": q, "kv_dtype": kv, "kv_scale": scale}
@@ -66,15 +72,17 @@ def specs(op: Op, to: Target) -> tuple[KernelSpec, ...]:
         except (InvalidValue, Unsupported):
             continue
         found.append(spec)
-    assert len(found) >= 2, f"{op}: {len(found)} of the specs are legal"
+    assert len(found) >= (5 if op in ATTENTION else 2), f"{op}: {len(found)} of the specs are legal"
     return tuple(found)
 
 
 def schedules(spec: KernelSpec, to: Target) -> tuple[Schedule, ...]:
     """The default, and the same with every other choice that has a place in the kernel's source."""
     default = default_schedule(spec, to)
+    values = {field.name: field.values for field in family_for(spec, to).fields(spec, to)}
     others = [
         {"split": "even", "pdl": 1},
+        {"split": "walk"},
         {"num_warps": 4},
         {"num_warps": 8},
         {"prefetch_ids": 0, "tile": 32},
@@ -82,7 +90,7 @@ def schedules(spec: KernelSpec, to: Target) -> tuple[Schedule, ...]:
     found = [default]
     for other in others:
         choices = dict(default.choices)
-        if set(other) <= set(choices):
+        if all(value in values.get(name, ()) for name, value in other.items()):
             schedule = Schedule.of(default.template, **(choices | other))
             if is_legal(spec, to, schedule):
                 found.append(schedule)

@@ -62,3 +62,33 @@ def test_free_splits_are_found_out(tmp_path):
     assert gate(library, free, 0, "cuda", 5).passed
     verdict = gate(library, spec, 0, "cuda", 5)
     assert not verdict.passed and "differ from those it has alone" in verdict.reason
+
+
+class AnyWaves:
+    """A library of variants that differ in waves alone, each call by another of them."""
+
+    def __init__(self, library: Library, variants: int) -> None:
+        self.library, self.variants, self.calls = library, variants, 0
+        self.workspace_bytes = library.workspace_bytes
+
+    def decode(self, *arguments) -> None:
+        called = list(arguments)
+        called[12] = self.calls % self.variants  # of `variant`
+        self.calls += 1
+        self.library.decode(*called)
+
+
+def test_waves_change_no_bit(tmp_path):
+    """Variants of one kernel that a batch picks among."""
+    spec, to = DECODES[0], target(NAMES[torch.cuda.get_device_capability()])
+    default = dict(default_schedule(spec, to).choices)
+    waves = (1, 2, 3, 6)
+    binaries = [
+        compile_source(render(spec, to, Schedule.of("triton-decode", **(default | {"waves": each}))))
+        for each in waves
+    ]
+    callee = AnyWaves(Library(link(binaries, (), tmp_path / "kernel.so")), len(waves))
+    changed = changed_bits(
+        spec, callee, 0, torch.device("cuda"), 8, lens=(1, 16, 1024, 1025, 3000, 17000), batches=200
+    )
+    assert changed == "" and callee.calls > 200

@@ -13,7 +13,9 @@ from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.verify import gate
+from pagedgen.errors import ArgumentError
 from pagedgen.runtime import ops
+from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.runtime.block_pools import BlockPools
 from pagedgen.runtime.kv_cache import KVCache, KVShape
 from pagedgen.runtime.kv_layout import KVLayout
@@ -68,6 +70,12 @@ SCALING = tuple(
     for head_dim, heads in ((128, 8), (80, 3))
     for q, kv, scale in ((BF16, E4M3, KVScale.TENSOR), (F16, E5M2, KVScale.HEAD), (F32, E4M3, KVScale.HEAD))
 )
+CHECKED = tuple(
+    KernelSpec(op, head_dim, heads, heads, block_size, BF16, kv, scale, checked=True)
+    for op in (Op.WRITE_KV, Op.GATHER)
+    for head_dim, heads, block_size in SHAPES[:2]
+    for kv, scale in ((BF16, KVScale.NONE), (E4M3, KVScale.HEAD))
+)
 SPECS = tuple(dict.fromkeys((*CONVERTING, *AS_STORED, *TURNING, *MERGING, *SCALING)))
 
 
@@ -99,7 +107,7 @@ def pack_of(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", (*SPECS, *CHECKED), ids=lambda spec: spec.name)
 def test_kernels_pass_the_gate(tmp_path, spec):
     to = target(NAMES[torch.cuda.get_device_capability()])
     schedules = (default_schedule(spec, to), feasible(spec, to)[0], feasible(spec, to)[-1])
@@ -109,6 +117,30 @@ def test_kernels_pass_the_gate(tmp_path, spec):
         for wrap in (None, captured):
             verdict = gate(library, spec, variant, "cuda", 3, wrap=wrap)
             assert verdict.passed, (schedule.name, verdict)
+
+
+@pytest.mark.parametrize("kv", [E4M3, E5M2])
+@pytest.mark.parametrize("q", [F16, BF16])
+def test_every_value_becomes_the_code_of_its_quotient(pack_of, q, kv):
+    """All 65,536 values by scales of every kind: the bytes of a true division, torch's clamp and its cast."""
+    pack = pack_of(KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, q, kv, KVScale.TENSOR))
+    outside, kind = TORCH_DTYPES[q], TORCH_DTYPES[kv]
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(outside).view(64, 8, 128)
+    new, slots = every.cuda(), torch.arange(64, device="cuda")
+    most = torch.finfo(kind).max
+    make = torch.Generator().manual_seed(1)
+    drawn = torch.exp2(60 * torch.rand(40, generator=make) - 30).tolist()
+    for value in (1.0, 0.5, 1.25, 1 + 2**-23, 1 - 2**-24, 1 / 448, 3 / 224, 2.0**-126, 2.0**112, *drawn):
+        scale = torch.full((1,), value)
+        k, v = (torch.zeros(4, 16, 8, 128, dtype=torch.uint8, device="cuda") for _ in range(2))
+        pack.write_kv(
+            new, new.flip(0), slots, k.view(kind), v.view(kind), k_scale=scale.cuda(), v_scale=scale.cuda()
+        )
+        want = (every.float() / scale).clamp(-most, most).to(kind).view(torch.uint8)
+        for got, right in ((k, want), (v, want.flip(0))):
+            got = got.view(64, 8, 128).cpu()
+            same = (got == right) | (got & 0x7F == 0x7F) & (right & 0x7F == 0x7F)
+            assert same.all(), (value, every[~same][:4], got[~same][:4], right[~same][:4])
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -180,6 +212,41 @@ def test_blocks_go_to_pinned_memory_and_back(pack_of):
     torch.cuda.synchronize()
     for pool, want in zip(pools, before, strict=True):
         assert torch.equal(pool[[3, 7, 11]], want[[3, 7, 11]]) and not pool[[0, 19, 4]].any()
+
+
+def test_a_debug_build_reports_slots_out_of_range(pack_of):
+    """Eager calls raise; a captured one records, at each replay; what is in range is stored all the same."""
+    pack = pack_of(
+        KernelSpec(Op.WRITE_KV, 128, 8, 8, 16, BF16, BF16, checked=True),
+        KernelSpec(Op.GATHER, 128, 8, 8, 16, BF16, BF16, checked=True),
+    )
+    new = torch.randn(2, 40, 8, 128, device="cuda").bfloat16()
+    k, v = (torch.zeros(4, 16, 8, 128, device="cuda").bfloat16() for _ in range(2))
+    right = torch.arange(40, device="cuda")
+    slots = right.clone()
+    pack.write_kv(new[0], new[1], slots, k, v)
+    slots[7] = 64
+    with pytest.raises(ArgumentError, match=r"slot_mapping\[7\] = 64: below 0, or up to 63 \(num_blocks"):
+        pack.write_kv(new[1], new[0], slots, k, v)
+    assert torch.equal(k.view(64, 8, 128)[:7], new[1, :7]) and torch.equal(k.view(64, 8, 128)[7], new[0, 7])
+    out = torch.zeros_like(new)
+    with pytest.raises(ArgumentError, match=r"slot_mapping\[7\] = 64: "):
+        pack.gather(slots, k, v, out[0], out[1])
+    assert torch.equal(out[0, 8:], new[1, 8:]) and not out[0, 7].any()
+    slots.copy_(right)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pack.write_kv(new[0], new[1], slots, k, v)
+    graph.replay()
+    pack.check_faults()
+    slots[39] = 1 << 40
+    graph.replay()
+    with pytest.raises(ArgumentError, match=r"slot_mapping\[39\] = 1099511627776: "):
+        pack.check_faults()
+    slots.copy_(right)
+    graph.replay()
+    pack.check_faults()
+    assert torch.equal(k.view(64, 8, 128)[:40], new[0]) and not k.view(64, 8, 128)[40:].any()
 
 
 def test_pools_past_2_to_the_31(pack_of):

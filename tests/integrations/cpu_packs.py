@@ -28,9 +28,10 @@ LAYERS = (
     Layer(32, 4, 2, DType.F32, DType.F32, window=48, logits_soft_cap=5.0),
     Layer(32, 4, 2, DType.F32, DType.F32, sinks=True),
     Layer(32, 4, 2, DType.F32, DType.F32, window=48, sinks=True),
+    Layer(32, 4, 4, DType.F32, DType.F32, alibi=True),
 )
 
-SPEED = (Layer(128, 32, 8, DType.F32, DType.F32),)
+SPEED = tuple(Layer(128, 32, 8, dtype, dtype) for dtype in (DType.F32, DType.BF16))
 # Of test_sglang_plugin.py, over pools of token slots and of pages of 16.
 SGLANG = (Layer(32, 4, 2, DType.F32, DType.F32), Layer(32, 4, 2, DType.F32, DType.F32, window=10))
 

@@ -136,6 +136,18 @@ def test_versions(version, good):
         require_version("vllm", version, (0, 32), (0, 34))
 
 
+@pytest.mark.parametrize(("version", "good"), [
+    ("0.5.23", True), ("0.5.23.post1", True), ("0.5.100", True), ("0.5.22", False), ("0.5", False),
+    ("0.6", False),
+])  # fmt: skip
+def test_versions_down_to_the_patch(version, good):
+    if good:
+        require_version("sglang", version, (0, 5, 23), (0, 6))
+        return
+    with pytest.raises(VersionUnmet, match=r"pip install 'sglang>=0\.5\.23,<0\.6'"):
+        require_version("sglang", version, (0, 5, 23), (0, 6))
+
+
 def test_a_refused_feature_is_named():
     with pytest.raises(Unsupported, match=r"alibi_slopes = \[0.5\]: none; choose another attention backend"):
         refuse("alibi_slopes", [0.5], "none")

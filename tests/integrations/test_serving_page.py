@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from integrations.serving_page import block, commands
 from integrations.tiny_models import write
 from typer.testing import CliRunner
 
 from pagedgen.autotune.device import ABSENT
 from pagedgen.cli.app import app
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
-
-def section(title: str) -> str:
-    (text,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## )", PAGE, re.MULTILINE | re.DOTALL)
-    return text
-
-
-def block(title: str) -> str:
-    """The one Python block of a section."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
-    return code
-
-
-def commands(title: str) -> list[list[str]]:
-    return [line.split() for line in re.findall(r"^    pagedgen (.*)$", section(title), re.MULTILINE)]
+def pagedgen_commands():
+    """Of the page's first section, in words."""
+    return [line.split()[1:] for line in commands("A pack to serve with") if line.startswith("pagedgen ")]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +26,7 @@ def folder(tmp_path_factory):
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("page")
     write("llama", folder / "my-model")
-    build, inspect = commands("A pack to serve with")
+    build, inspect = pagedgen_commands()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PAGEDGEN_CACHE_DIR", str(folder / "cache"))
@@ -54,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_page_has_its_commands():
-    assert [command[0] for command in commands("A pack to serve with")] == ["build", "inspect"]
+    assert [command[0] for command in pagedgen_commands()] == ["build", "inspect"]
 
 
 def test_the_commands_are_taken_as_printed(monkeypatch):
@@ -63,7 +50,7 @@ def test_the_commands_are_taken_as_printed(monkeypatch):
     monkeypatch.setattr("pagedgen.cli.build.write", lambda target, parts, *_, **__: built.extend(parts))
     monkeypatch.setattr("pagedgen.cli.build.report", lambda *_, **__: None)
     monkeypatch.setattr("pagedgen.cli.build.check_place", lambda place: None)
-    result = CliRunner().invoke(app, commands("A pack to serve with")[0])
+    result = CliRunner().invoke(app, pagedgen_commands()[0])
     assert result.exit_code == 0, result.output
     shape = "h128-q32-kv8-b16-bf16"
     assert [part.spec.name for part in built] == [

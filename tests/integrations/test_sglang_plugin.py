@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from pagedgen.errors import SpecNotInPack, Unsupported
+from pagedgen.errors import PackForeign, PackNotChosen, SpecNotInPack, Unsupported, VersionUnmet
 
 HEADS, KV_HEADS, DIM, CONTEXT, SLOTS = 4, 2, 32, 96, 320
 
@@ -160,6 +160,37 @@ def test_a_layer_that_the_pack_lacks_is_refused_with_the_command(make):
         SpecNotInPack, match=r"it has no decode-h32-q4-kv2-b16-f32-cap30(?s:.*)pagedgen build --cpu"
     ):
         make(16, logit_cap=30.0)
+
+
+def test_another_sglang_is_refused(make, monkeypatch):
+    monkeypatch.setattr("sglang.__version__", "0.5.22")
+    with pytest.raises(VersionUnmet, match=r"sglang = 0\.5\.22: .*pip install 'sglang>=0\.5\.23,<0\.6'"):
+        make(16)
+
+
+def test_a_pack_that_cannot_serve_is_refused_at_start(make, monkeypatch):
+    from pagedgen.integrations import serving_pack
+
+    def foreign(pack):
+        raise PackForeign("x.pack: not for this machine")
+
+    with monkeypatch.context() as patch, pytest.raises(PackForeign):
+        patch.setattr(serving_pack, "check_machine", foreign)
+        patch.delitem(vars(serving_pack.chosen_pack()), "attention", raising=False)
+        make(16)
+    monkeypatch.delenv("PAGEDGEN_PACK")
+    with pytest.raises(PackNotChosen, match="PAGEDGEN_PACK is not set"):
+        make(16)
+
+
+def test_speculation_and_pools_with_windows_are_refused(make, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Unsupported, match="--disable-hybrid-swa-memory"):
+        patch.setattr(Pool, "swa_kv_pool", None, raising=False)
+        make(16)
+    runner, _ = make(16)
+    runner.spec_algorithm = SimpleNamespace(is_none=lambda: False)
+    with pytest.raises(Unsupported, match="speculative_algorithm"):
+        type(make(16)[1])(runner)
 
 
 def test_speculative_modes_are_refused(make):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from pagedgen.errors import PackNotChosen, SpecNotInPack, Unsupported
+from pagedgen.errors import PackNotChosen, SpecNotInPack, Unsupported, VersionUnmet
 from pagedgen.integrations import serving_pack
 from pagedgen.integrations.serving_pack import OPERATORS, Layer
 from pagedgen.values.spec import DType, KInner
@@ -144,6 +144,12 @@ def test_features_without_a_kernel_are_refused_by_name(make):
         make(kv_cache_dtype="int8_per_token_head")
     with pytest.raises(SpecNotInPack, match="window=7"):
         make(sliding_window=7)
+
+
+def test_another_vllm_is_refused(make, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.34.0")
+    with pytest.raises(VersionUnmet, match=r"vllm = 0\.34\.0: .*pip install 'vllm>=0\.32,<0\.34'"):
+        make()
 
 
 def test_no_pack_is_an_error(monkeypatch):

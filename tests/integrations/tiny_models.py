@@ -38,6 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "bloom": ("BloomConfig", {"num_key_value_heads": 4, "tie_word_embeddings": True}),  # ALiBi
     "gpt-oss": (
         "GptOssConfig",
         {"sliding_window": 48, "layer_types": SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -59,3 +60,18 @@ def write(name: str, folder: Path, seed: int = 0) -> None:
     if config.tie_word_embeddings:  # else the embedding outweighs the layers, and every token repeats itself
         model.get_input_embeddings().weight.data.mul_(0.01)
     model.save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer to ``folder``: a token a byte from 3 on, then made-up words."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<s>", "</s>", *letters, *(f"[{i}]" for i in range(3 + len(letters), VOCABULARY))]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)

@@ -31,6 +31,7 @@ RUNS: tuple[Run, ...] = (
     ("mistral-window", "token", ()),
     ("gemma2", "token", ()),
     ("gpt-oss", "token", ()),
+    ("bloom", "token", ()),
 )
 FULL = ("--graphs", "FULL")
 GPU_RUNS: tuple[Run, ...] = (

@@ -435,6 +435,33 @@ def test_merge_goes_by_its_rows_and_sinks(pack_of, make_spec):
         attention.merge(outs, lses, spec=make_spec(64, (8, 2), 16))
 
 
+@pytest.mark.parametrize("op", ["write_kv", "gather"])
+def test_a_debug_build_raises_what_it_recorded_once(pack_of, make_spec, op):
+    spec = make_spec(64, (2, 2), 16, op=op, checked=True)
+    attention, records = pack_of(spec), []
+
+    def call(rows_k, rows_v, slots, k, v, k_scale, v_scale, variant, faults):
+        records.append(faults)
+        if int(slots.max()) >= 80:
+            faults.copy_(torch.tensor([1, 1, int(slots.max()), 80]))
+
+    attention.kernel(spec).call = call
+    rows, pool = torch.zeros(3, 2, 64).half(), torch.zeros(5, 16, 2, 64).half()
+
+    def run(slots):
+        order = (rows, rows, slots, pool, pool) if op == "write_kv" else (slots, pool, pool, rows, rows)
+        getattr(attention, op)(*order)
+
+    run(torch.tensor([3, 79, -1]))
+    with pytest.raises(ArgumentError, match=r"slot_mapping\[1\] = 99: below 0, or up to 79 \(num_blocks"):
+        run(torch.tensor([3, 99, -1]))
+    attention.check_faults()
+    assert len(records) == 2 and records[0] is records[1] and not records[0].any()
+    records[0][0] = 1  # by the replay of a graph
+    with pytest.raises(ArgumentError, match=r"slot_mapping\[1\]|slot_mapping\[0\]"):
+        attention.check_faults()
+
+
 @pytest.mark.parametrize("scale", ["tensor", "head"])
 def test_scales_are_set_by_the_first_tokens(pack_of, make_spec, scale):
     """By the method, by the operator and by a pack's kernel: the same; later tokens change nothing."""
@@ -587,6 +614,24 @@ def test_extend_with_alibi_causality_per_sequence_and_rows_of_v(served, make_spe
             attention, make_inputs(make_spec(**SHAPE, op="extend"), LENS, query_lens=QUERIES),
             spec=make_spec(**SHAPE, op="extend"), alibi_slopes=inputs.alibi_slopes,
         )  # fmt: skip
+
+
+def test_a_cpu_pack_takes_slopes_causality_and_rows_of_v(make_spec, cpu_choice, tmp_path):
+    """Real kernels, decode and extend, as the tensors pick them."""
+    shape = {"head_dim": 64, "heads": (4, 2), "q": "f32", "head_dim_v": 32, "alibi": True}
+    extends = make_spec(**shape, op="extend", causality="per_sequence", attention_chunk=24)
+    decodes = make_spec(**shape, attention_chunk=24)
+    attention = Attention(
+        open_pack(build([cpu_choice(spec) for spec in (extends, decodes)], tmp_path / "p.pack"))
+    )
+    for spec in (extends, decodes):
+        inputs = make_inputs(spec, LENS, query_lens=QUERIES)
+        more = {"alibi_slopes": inputs.alibi_slopes, "softmax_scale": inputs.softmax_scale, "out": inputs.out}
+        if spec is extends:
+            extend(attention, inputs, causal=inputs.causal, **more)
+        else:
+            attention.decode(inputs.q, inputs.k, inputs.v, inputs.block_table, inputs.seq_lens, **more)
+        assert judge(spec, inputs)[2] == ""
 
 
 def test_blocks_that_no_query_sees_are_not_looked_at(pack_of, make_spec, monkeypatch):

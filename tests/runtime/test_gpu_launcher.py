@@ -242,6 +242,22 @@ def test_programmatic_dependent_launch_is_asked_for_where_the_kernel_waits(
     assert ["attribute 6 = 1" in note for note in notes] == [False, True]
 
 
+@pytest.mark.parametrize("variant", [0, 1])
+def test_a_kernel_that_looks_ahead_is_told_the_sizes(serve, gpu_binary, make_spec, tmp_path, variant):
+    """Of the pool and of the block table; one that does not finds its scratch pointers in their place."""
+    spec = make_spec(128, (32, 8), 16, "f16")
+    out = link([gpu_binary(spec, split="walk", pdl=pdl) for pdl in (1, 2)], (), tmp_path / "ahead.so")
+    names, types = names_of(spec), types_of(spec)
+    if variant == 1:
+        names, types = [*names[:-2], "num_blocks", "max_blocks", *names[-2:]], types[:-2] + "ll" + types[-2:]
+    run = serve(out, [["decode", arguments_for(spec, variant=variant)]], types=types)
+    got = dict(zip(names, run.launches[0]["arguments"], strict=True))
+    assert got["block_table_stride"] == 16
+    assert (got.get("num_blocks", 50), got.get("max_blocks", 10)) == (50, 10)
+    assert (got["global_scratch"], got["profile_scratch"]) == (0, 0)
+    assert any(n.startswith("launch") and "attribute 6 = 1" in n for n in run.notes)
+
+
 def test_a_named_variant_loads_itself_alone(serve, library, make_spec):
     """A library of a tuner's fifty candidates must not load fifty to time one."""
     spec = make_spec(128, (32, 8), 16, "f16")

@@ -30,6 +30,8 @@ SPECS = [
     {**GATHER, "heads": (3, 3), "head_dim": 80, "block_size": 1, "kv": "fp8_e4m3"},
     {**GATHER, "heads": (2, 2), "head_dim": 40, "block_size": 7, "q": "fp8_e4m3"},
     {**GATHER, "heads": (2, 2), "head_dim": 64, "q": "f32", "kv": "fp8_e5m2", "scale": "head"},
+    {**WRITE, "heads": (3, 3), "head_dim": 64, "checked": True},
+    {**GATHER, "heads": (3, 3), "head_dim": 40, "block_size": 7, "kv": "fp8_e4m3", "checked": True},
     {**COPY, "heads": (2, 2), "head_dim": 64},
     {**COPY, "heads": (1, 1), "head_dim": 40, "block_size": 1, "q": "fp8_e4m3"},
     {**SCALES, "heads": (3, 3), "head_dim": 64, "kv": "fp8_e4m3"},

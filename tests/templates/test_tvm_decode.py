@@ -21,6 +21,7 @@ from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.verify import Case, cases_of, gate, make_inputs, run_case
+from pagedgen.compiler.verify_invariant import changed_bits
 from pagedgen.errors import ArgumentError, CompileError, Unsupported
 from pagedgen.runtime.library import Library
 from pagedgen.templates.tvm.decode import FAMILY
@@ -91,11 +92,27 @@ GRID = {
         "lse": True,
     },
     "h248": {"q": "bf16", "head_dim": 248, "heads": (3, 1), "k_inner": "token"},
-}
+    "alibi": {"q": "f32", "heads": (4, 2), "head_dim": 32, "alibi": True, "lse": True},
+    "chunk": {"q": "f32", "heads": (2, 1), "head_dim": 32, "attention_chunk": 100, "sinks": True},
+    "chunk-of-slots": {"q": "f16", "heads": (2, 1), "head_dim": 32, "block_size": 1, "attention_chunk": 1},
+    "all-masks": {
+        "q": "bf16", "heads": (4, 2), "head_dim": 32, "k_inner": "token", "window": 120,
+        "attention_chunk": 300, "alibi": True, "logits_soft_cap": 20.0, "sinks": True,
+    },
+    "h192v128": {"q": "bf16", "heads": (2, 1), "head_dim": 192, "head_dim_v": 128, "k_inner": "token"},
+    "h40v200": {"q": "f16", "heads": (2, 1), "head_dim": 40, "head_dim_v": 200, "lse": True},
+    "e4m3-h64v96": {"q": "bf16", "kv": "fp8_e4m3", "heads": (2, 1), "head_dim": 64, "head_dim_v": 96},
+    "e4m3-h128v40": {  # too short for pairs of V
+        "q": "bf16", "kv": "fp8_e4m3", "heads": (2, 1), "head_dim_v": 40, "k_inner": "token",
+    },
+}  # fmt: skip
+SLOW = ("chunk", "h40v200", "e4m3-h128v40")  # the fuzzer draws the like in every run
 
 
 @needs_cpu
-@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in GRID]
+)
 def test_gate(name, build, make_spec):
     spec = make_spec(**{"heads": (8, 2), **GRID[name]})
     verdict = gate(build(spec), spec, 0, "cpu", seed=1)
@@ -287,6 +304,57 @@ def test_rendered_source_is_pinned(name, make_spec):
     if os.environ.get("PAGEDGEN_UPDATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
+
+
+# ---- Batch invariance ----
+
+INVARIANT = {
+    "f32": {"q": "f32", "sinks": True, "lse": True},
+    "bf16": {"q": "bf16", "k_inner": "token", "heads": (6, 2), "window": 9000, "alibi": True},
+}
+# In parts of the default's 512 tokens: one of them, or two, or as many as there may be; and longer ones.
+INVARIANT_LENS = (1, 16, 333, 512, 513, 700, 1030, 3000, 8192, 12000)
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", INVARIANT)
+def test_bits_do_not_follow_from_the_batch(name, build, make_spec):
+    """Over 200 random batches, whoever does which part of them."""
+    spec = make_spec(32, **{"heads": (4, 2), **INVARIANT[name]}, batch_invariant=True)
+    library = build(spec)
+    lens = {"lens": INVARIANT_LENS, "batches": 200}
+    assert changed_bits(spec, library, 0, torch.device("cpu"), 3, **lens) == ""
+    inputs = make_inputs(spec, INVARIANT_LENS, poison=False)
+    workspace = torch.zeros(library.workspace_bytes(len(INVARIANT_LENS)), dtype=torch.uint8)
+    run_case(spec, library, 0, inputs, workspace)
+    want = inputs.out.clone()
+    for threads in range(1, len(os.sched_getaffinity(0)) + 1):
+        library.set_num_threads(threads)
+        run_case(spec, library, 0, inputs, workspace)
+        assert torch.equal(inputs.out, want), threads
+    verdict = gate(library, spec, 0, "cpu", 3, cases=[Case(INVARIANT_LENS, "hnd")])
+    assert verdict.passed, verdict.reason
+
+
+@needs_cpu
+def test_shares_that_follow_from_the_batch_are_found_out(build, make_spec):
+    free, invariant = make_spec(32, (4, 2), q="f32"), make_spec(32, (4, 2), q="f32", batch_invariant=True)
+    lens = {"lens": INVARIANT_LENS, "batches": 20}
+    assert "differ from those it has alone" in changed_bits(
+        invariant, build(free), 0, torch.device("cpu"), 3, **lens
+    )
+
+
+def test_parts_are_a_schedule_of_invariant_specs_alone(make_spec):
+    free, invariant = make_spec(q="bf16"), make_spec(q="bf16", batch_invariant=True)
+    assert {"part", "max_parts"} == {f.name for f in FAMILY.fields(invariant, cpu())} - {
+        f.name for f in FAMILY.fields(free, cpu())
+    }
+    one, work = default_schedule(invariant, cpu()), Workload.uniform(16, 8192)
+    short = Schedule.of(one.template, **{**dict(one.choices), "part": 256, "max_parts": 64})
+    partials = [predict(invariant, cpu(), s, work)["instructions"] for s in (one, short)]
+    assert partials[0] < partials[1]  # more parts, more to merge
+    assert predict(free, cpu(), default_schedule(free, cpu()), work)["instructions"] < partials[0]
 
 
 # ---- The launcher ----

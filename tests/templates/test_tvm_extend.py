@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.verify import Case, cases_of, gate, judge, make_inputs, run_case
+from pagedgen.compiler.verify_invariant import changed_bits
 from pagedgen.errors import ArgumentError, Unsupported
 from pagedgen.runtime.library import Library
 from pagedgen.templates.tvm.extend import FAMILY
@@ -62,11 +64,29 @@ GRID = {
         "q": "bf16", "kv": "fp8_e4m3", "k_inner": "token", "block_size": 24, "window": 300,
         "logits_soft_cap": 50.0, "sinks": True, "lse": True,
     },
+    "alibi": {"q": "f32", "heads": (4, 2), "alibi": True, "lse": True},
+    "chunk": {"q": "f32", "heads": (2, 1), "attention_chunk": 100, "sinks": True},
+    "full": {"q": "f16", "heads": (3, 1), "causality": "full", "lse": True},
+    "full-window-alibi": {"q": "f32", "heads": (2, 1), "causality": "full", "window": 60, "alibi": True},
+    "full-chunk-cap": {
+        "q": "f32", "heads": (2, 1), "causality": "full", "attention_chunk": 100, "logits_soft_cap": 20.0,
+    },
+    "percausal": {"q": "bf16", "heads": (4, 2), "k_inner": "token", "causality": "per_sequence", "lse": True},
+    "all-masks": {
+        "q": "bf16", "heads": (2, 1), "kv": "fp8_e5m2", "block_size": 24, "window": 60,
+        "attention_chunk": 256, "causality": "per_sequence", "alibi": True, "logits_soft_cap": 20.0,
+        "sinks": True,
+    },
+    "h192v128": {"q": "bf16", "heads": (2, 1), "head_dim": 192, "head_dim_v": 128, "k_inner": "token"},
+    "e4m3-h40v200": {"q": "f16", "kv": "fp8_e4m3", "heads": (2, 1), "head_dim": 40, "head_dim_v": 200},
 }  # fmt: skip
+SLOW = ("chunk", "full", "full-window-alibi", "h192v128")  # the fuzzer draws the like in every run
 
 
 @needs_cpu
-@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in GRID]
+)
 def test_gate(name, build, make_spec):
     spec = make_spec(**{**SMALL, **GRID[name]}, op="extend")
     verdict = gate(build(spec), spec, 0, "cpu", seed=1)
@@ -144,6 +164,53 @@ def test_a_row_does_not_depend_on_how_its_prompt_was_cut(build, make_spec):
                 workspace, 304, 0,
             )  # fmt: skip
         torch.testing.assert_close(out, whole.out, rtol=2e-6, atol=2e-7)
+
+
+INVARIANT = {
+    "f32": {"q": "f32", "heads": (3, 1), "lse": True},
+    "bf16": {
+        "q": "bf16", "heads": (4, 2), "k_inner": "token", "window": 70, "attention_chunk": 256, "alibi": True,
+        "sinks": True,
+    },
+}  # fmt: skip
+INVARIANT_LENS = (1, 16, 17, 65, 333, 700)
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", INVARIANT)
+def test_bits_do_not_follow_from_the_batch(name, build, make_spec):
+    """Over 200 random batches, nor from how a prompt was cut."""
+    spec = make_spec(32, **INVARIANT[name], op="extend", batch_invariant=True)
+    lens = {"lens": INVARIANT_LENS, "batches": 200}
+    assert changed_bits(spec, build(spec), 0, torch.device("cpu"), 3, **lens) == ""
+
+
+@needs_cpu
+def test_what_a_row_does_not_see_adds_nothing(build, make_spec):
+    """Not even 2^-126 of it, which shows where all that is seen is 0."""
+    spec = make_spec(32, (2, 1), 16, "f32", op="extend", window=20, batch_invariant=True)
+    library = build(spec)
+    inputs = make_inputs(spec, (300,), seed=1, poison=False)
+    inputs.v.fill_(0)
+    for block in inputs.block_table[0, :5].tolist():
+        inputs.v[block] = 1e3
+    workspace = torch.zeros(library.workspace_bytes(1), dtype=torch.uint8)
+    run_case(spec, library, 0, inputs, workspace)
+    assert not inputs.out[99:].any() and inputs.out[98].all()
+
+
+@needs_cpu
+def test_tiles_that_a_row_sees_nothing_of(build, make_spec):
+    """Rows whose window begins behind their block's first tile, at any scale of scores: a masked score times
+    it, rounded, is not what the fused product is compared with."""
+    spec = make_spec(32, (2, 1), 16, "f32", op="extend", window=20)
+    library = build(spec)
+    inputs = make_inputs(spec, (300,), seed=1, poison=False)
+    workspace = torch.zeros(library.workspace_bytes(1), dtype=torch.uint8)
+    for number in range(30):
+        inputs = replace(inputs, softmax_scale=0.05 + number / 67)
+        run_case(spec, library, 0, inputs, workspace)
+        assert judge(spec, inputs)[2] == "", inputs.softmax_scale
 
 
 @needs_cpu

@@ -247,6 +247,15 @@ def test_rope_is_for_write_kv():
             KernelSpec(**{**right, **change})
 
 
+def test_a_debug_build_is_of_operators_with_slots():
+    right = {**GOOD, "op": Op.GATHER, "num_q_heads": 8, "checked": True}
+    assert KernelSpec(**right).name == "gather-h128-kv8-b16-bf16-checked"
+    assert KernelSpec(**right).hash != KernelSpec(**{**right, "checked": False}).hash
+    for op in (Op.DECODE, Op.COPY_BLOCKS):
+        with pytest.raises(InvalidValue, match=f"checked = True: False is allowed: {op} has no slots"):
+            KernelSpec(**{**right, "op": op})
+
+
 def test_scales_are_set_for_fp8_pools_alone():
     right = {**GOOD, "op": Op.KV_SCALES, "num_q_heads": 8, "block_size": 1}
     right |= {"kv_dtype": DType.FP8_E5M2, "kv_scale": KVScale.HEAD}

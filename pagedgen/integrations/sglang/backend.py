@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ from pagedgen.values.spec import DType, KernelSpec
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-VERSIONS = (0, 5), (0, 6)  # the first that is allowed, and the first that is not
+logger = logging.getLogger(__name__)
+VERSIONS = (0, 5, 23), (0, 6)  # the first that is allowed, and the first that is not
 DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 
@@ -102,6 +104,7 @@ class PagedgenBackend(AttentionBackend):  # type: ignore[misc]
         self._ones = torch.ones(1, device=self._device)
         self._pack: ServingPack = chosen_pack()
         self._kernels: dict[int, LayerKernels] = {}
+        served = set()
         q_dtype = lookup("dtype", runner.dtype, DTYPES)
         kv_dtype = lookup("kv_cache_dtype", runner.kv_cache_dtype, DTYPES)
         for parent in runner.model.modules():
@@ -109,8 +112,12 @@ class PagedgenBackend(AttentionBackend):  # type: ignore[misc]
                 sinks = getattr(parent, "sinks", None) is not None
                 own = layer_of(layer, sinks=sinks, q_dtype=q_dtype, kv_dtype=kv_dtype)
                 self._kernels[layer.layer_id] = self._pack.kernels(own, self._page)
+                served.add(own)
+        for own in sorted(served, key=str):
+            logger.info("pagedgen: %s serves %s", self._pack.pack.path, own)
+        attention = self._pack.attention  # loaded at start: a pack for another machine is refused there
         if self._device.type == "cuda":
-            self._pack.attention.prepare(self._device)
+            attention.prepare(self._device)
         self._graph_table: torch.Tensor | None = None
         self._graph_lens: torch.Tensor | None = None
         self._workspaces: dict[KernelSpec, torch.Tensor] = {}  # of captured decodes: their addresses stay
