@@ -18,13 +18,12 @@ from pagedgen.values.target_table import target
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 BEGIN, END = "<!-- generated: tests/compiler/test_support.py -->", "<!-- end -->"
-# On an H100 in its own code, and in sm_80's. Of batch-invariant kernels extend alone has run, in sm_90's;
-# decode has not since it was last changed (docs/gpu_tests.md).
+# On an H100 in its own code, and in sm_80's; batch-invariant kernels in sm_90's alone (docs/gpu_tests.md).
 GRIDS = tuple(s for s in (*decode_grid.specs(), *extend_grid.specs()) if not s.batch_invariant)
 PROOFS = (
     Proof(target("a100-80g"), "sm_80", GRIDS),
     Proof(target("l40s"), "sm_89"),
-    Proof(target("h100-sxm"), "sm_90", (*GRIDS, *test_invariant_gpu.EXTENDS, *test_moves_gpu.SPECS)),
+    Proof(target("h100-sxm"), "sm_90", (*GRIDS, *test_invariant_gpu.SPECS, *test_moves_gpu.SPECS)),
     Proof(target("b200"), "sm_100"),
     Proof(target("rtx5090"), "sm_120"),
     Proof(target("mi300x"), "gfx942"),
