@@ -16,6 +16,7 @@ from pagedgen.compiler.space import default_schedule
 from pagedgen.integrations.serving_pack import OPERATORS, Layer
 from pagedgen.values.manifest import Rule
 from pagedgen.values.spec import DType, KInner
+from pagedgen.values.target import Target
 from pagedgen.values.target_table import cpu_target
 
 BLOCK_SIZE = 32
@@ -35,9 +36,15 @@ SPEED = tuple(Layer(128, 32, 8, dtype, dtype) for dtype in (DType.F32, DType.BF1
 SGLANG = (Layer(32, 4, 2, DType.F32, DType.F32), Layer(32, 4, 2, DType.F32, DType.F32, window=10))
 
 
-def pack(layers: tuple[Layer, ...], block_sizes: tuple[int, ...], k_inner: KInner, place: Path) -> None:
-    """Build a pack of every operator's kernels for ``layers``, over blocks of each size."""
-    target = cpu_target()
+def pack(
+    layers: tuple[Layer, ...],
+    block_sizes: tuple[int, ...],
+    k_inner: KInner,
+    place: Path,
+    target: Target | None = None,
+) -> None:
+    """Build a pack of every operator's kernels for ``layers`` and block sizes; for this CPU if no target."""
+    target = target or cpu_target()
     choices = []
     wanted = itertools.product(layers, OPERATORS, block_sizes)
     for spec in sorted({layer.spec(op, block_size, k_inner) for layer, op, block_size in wanted}):

@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 import time
+from typing import Any
 
 
 def main() -> None:
@@ -22,6 +23,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--speculative-tokens", type=int, default=0)
+    parser.add_argument("--attention-backend")
+    parser.add_argument("--graphs", help="vLLM's cudagraph_mode, without torch.compile; eager if not given")
+    parser.add_argument(
+        "--native-ops",
+        action="store_true",
+        help="norms, activations, rotation by torch",
+    )
     options = parser.parse_args()
 
     from vllm import LLM, SamplingParams
@@ -33,6 +41,17 @@ def main() -> None:
         "prompt_lookup_max": 3,
         "prompt_lookup_min": 1,
     }
+    chosen: dict[str, Any] = {"enforce_eager": options.graphs is None}
+    if options.attention_backend:
+        chosen["attention_backend"] = options.attention_backend
+        chosen["gpu_memory_utilization"] = 0.05  # several run side by side
+    if options.graphs or options.native_ops:
+        compilation = {"mode": 0, "cudagraph_mode": options.graphs or "NONE"}
+        if options.native_ops:
+            compilation["custom_ops"] = ["none"]
+            native = {name: ["native"] for name in ("rms_norm", "fused_add_rms_norm")}
+            chosen["kernel_config"] = {"ir_op_priority": native}
+        chosen["compilation_config"] = compilation
     llm = LLM(
         options.model,
         skip_tokenizer_init=True,
@@ -44,10 +63,10 @@ def main() -> None:
         max_num_batched_tokens=256,  # prompts are split into chunks
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
-        enforce_eager=True,
         kv_cache_memory_bytes=256 << 20,
         speculative_config=speculation if options.speculative_tokens else None,
         worker_extension_cls="vllm_worker.Extension",
+        **chosen,
     )
     prefix = [draw.randrange(3, 500) for _ in range(100)]
     lengths = [1, 31, 32, 33, *(draw.randrange(2, 300) for _ in range(options.requests - 4))]
