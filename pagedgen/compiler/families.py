@@ -63,7 +63,7 @@ def family_for(spec: KernelSpec, target: Target) -> Family:
         if mask not in family.masks:
             value = getattr(spec, mask)
             raise Unsupported(
-                f"{mask} = {value}: {family.name} covers {', '.join(family.masks) or 'no masks'}"
+                f"{mask} = {value}: {family.name} covers {', '.join(family.masks) or 'no such feature'}"
             )
     if spec.head_dim_v is not None and not family.v_dims:
         raise Unsupported(

@@ -52,7 +52,7 @@ def test_a_cell_says_why_it_is_refused(make_spec):
     )
     assert "head_dim_v = 64: tvm-write-kv covers" in cell(Op.WRITE_KV, {"head_dim_v": 64}, cpu)
     rope = {"rope": Rope.NEOX}
-    assert "rope = neox: tvm-write-kv covers no masks" in cell(Op.WRITE_KV, rope, cpu)
+    assert "rope = neox: tvm-write-kv covers no such feature" in cell(Op.WRITE_KV, rope, cpu)
     assert cell(Op.DECODE, {"tree_mask": True}, a100) == "–"
     for proof, how in ((a100, "tested"), (l40s, "compile-checked only")):
         assert cell(Op.DECODE, {"alibi": True}, proof) == how

@@ -131,5 +131,5 @@ def test_refuses_what_it_cannot_do(make_spec, h100, spec_args, word):
 
 
 def test_operators_without_a_template_are_refused_by_name(make_spec, cpu_target):
-    with pytest.raises(Unsupported, match="op verify on target kind cpu: no template"):
-        default_schedule(make_spec(q="f32", op="verify"), cpu_target)
+    with pytest.raises(Unsupported, match="op merge on target kind cpu: no template"):
+        default_schedule(make_spec(op="merge", heads=(32, 32), block_size=1), cpu_target)
