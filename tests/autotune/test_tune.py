@@ -239,9 +239,10 @@ def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -
     skewed = Workload("skewed", (1, 1, 300, 1, 1, 1, 1, 1))
     assert regimes([*plain, skewed]) == (plain[0], skewed, plain[9])
     assert regimes([plain[0], skewed]) == (plain[0], skewed)
-    long, many = Workload.uniform(1, 4096), Workload.uniform(8, 512)  # as many tokens
+    long, many = Workload("one", (4096,)), Workload("many", (512,) * 8)  # as many tokens
     large = [Workload.uniform(8, 4096), Workload.uniform(8, 8192)]
     assert regimes([many, long, *large]) == (long, large[0], large[1])
+    assert regimes([many, long, large[0]]) == (long, large[0])
 
 
 # ---- for real ----
