@@ -7,13 +7,17 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pagedgen.autotune.binaries import Compiled
+from pagedgen.autotune.select import ANY, Selection
 from pagedgen.autotune.suites import (
     SUITES,
+    decode_gpu,
     extend_cpu,
     invariant_gpu,
     move_gpu,
@@ -28,13 +32,15 @@ from pagedgen.autotune.suites.decode_gpu import GRID_WORKLOAD, grid, rows
 from pagedgen.autotune.suites.output import Output
 from pagedgen.autotune.suites.report import Case, Draft, Report, Row
 from pagedgen.autotune.worker import Done
-from pagedgen.compiler.space import default_schedule
+from pagedgen.compiler.binary import Source
+from pagedgen.compiler.space import default_schedule, near_default
 from pagedgen.compiler.verify import make_inputs
 from pagedgen.compiler.verify_write import turn
 from pagedgen.errors import CompileError, DeviceMissing, GateFailure, InvalidValue, UnknownName
 from pagedgen.runtime.kv_cache import store
 from pagedgen.runtime.merge import merge
-from pagedgen.values.record import Verdict
+from pagedgen.values.manifest import Rule
+from pagedgen.values.record import Status, Verdict
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
 from pagedgen.values.target_table import target
@@ -166,7 +172,7 @@ class Here:
     """A pool that is this process."""
 
     def __init__(self, *_: object) -> None:
-        pass
+        self.pool = self
 
     def __enter__(self) -> Here:
         return self
@@ -200,6 +206,7 @@ def test_kernels_are_proved_once_for_a_run(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
         contest_module, "link", lambda binaries, _, out: out.write_text(str(binaries[0]["tile"]))
     )
+    monkeypatch.setattr(contest_module, "Library", lambda path: None)
     monkeypatch.setattr(contest_module, "gate_variant", gate_variant)
     monkeypatch.setattr(contest_module, "device_works", lambda device: None)
     right, wrong, absent = (Schedule.of("triton-decode", tile=tile) for tile in (64, 32, 17))
@@ -214,6 +221,37 @@ def test_kernels_are_proved_once_for_a_run(tmp_path, monkeypatch) -> None:
         proved(SPEC, h100, absent, "cuda", tmp_path)
     with pytest.raises(GateFailure):
         ours(SPEC, h100, WORKLOAD, "cuda", tmp_path, chosen=contest_module.Pick(wrong, "candidate"))
+
+
+def test_picks_are_records_or_the_nearest_default_that_compiles(monkeypatch) -> None:
+    h100, tried = target("h100"), []
+    jobs = [job for job in rows() if job.workload in (Workload.uniform(1, 8192), Workload.uniform(32, 8192))]
+    odd, broken = replace(SPEC, head_dim=72), replace(SPEC, head_dim=40)
+    jobs += [replace(jobs[0], spec=spec) for spec in (odd, broken)]
+
+    def compile_all(sources, pool, cache):
+        for source in sources:
+            tried.append(source)
+            refused = source.spec == broken or source.schedule == default_schedule(odd, h100)
+            yield Compiled(source, None if refused else source)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decode_gpu, "compile_all", compile_all)
+    monkeypatch.setattr(decode_gpu, "recorded_selection", lambda spec, where: selections.get(spec))
+    short, long = (Schedule.of("triton-decode", tile=tile) for tile in (64, 128))
+    selections = {
+        job.spec: Selection(Status.MEASURED, (short, long), (Rule(1, 8192, 0), Rule(ANY, ANY, 1)), 0.0)
+        for job in jobs[:-2]
+    }
+    monkeypatch.setattr(decode_gpu, "render", lambda s, where, schedule: Source(s, where, schedule, ""))
+    picks = decode_gpu.compile_picks(jobs, h100, Here(), lambda line: None)  # type: ignore[arg-type]
+    for job in jobs[:-2]:
+        chosen = picks[job.spec, job.workload]
+        assert chosen.origin == "measured"
+        assert chosen.schedule == (short if job.workload.num_seqs == 1 else long)
+    second = near_default(odd, h100, 2)[1]
+    assert picks[odd, jobs[-2].workload] == contest_module.Pick(second, "default")
+    assert not any(spec == broken for spec, _ in picks)
+    assert sum(source.spec == broken for source in tried) == contest_module.NEAREST
 
 
 class FakeClock:
