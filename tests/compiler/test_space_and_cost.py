@@ -137,7 +137,7 @@ def test_template_hash_follows_the_sources(make_spec, h100, tmp_path, monkeypatc
     monkeypatch.undo()
     launcher = tmp_path / "gpu.cc.j2"
     launcher.write_text("another launcher\n")
-    monkeypatch.setitem(BESIDE, "cuda", (BESIDE["cuda"][0], launcher))
+    monkeypatch.setitem(BESIDE, "cuda", (*BESIDE["cuda"][:-1], launcher))
     template_hash.cache_clear()
     assert template_hash(family) != before
     monkeypatch.undo()
