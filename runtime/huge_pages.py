@@ -16,11 +16,12 @@ BYTES = 1 << 21  # of a huge page on x86-64, and on AArch64 with a granule of 4 
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h; the second from Linux 6.1 on
 
 
-def use_huge_pages(memory: torch.Tensor) -> None:
+def use_huge_pages(memory: torch.Tensor, *, fresh: bool = False) -> None:
     """Ask for huge pages for the whole storage that ``memory`` is a view of.
 
-    What was written already is moved to huge pages now, the rest gets them with its first write. A system
-    that refuses, or has none left, leaves pages as they are. Nothing is done to a GPU's memory, nor beside Linux.
+    What was written already is moved to huge pages now, unless memory is said to be fresh; the rest gets them
+    with its first write. A system that refuses, or has none left, leaves pages as they are. GPUs' memory is
+    left alone, and that of other systems.
     """
     if memory.device.type != "cpu" or sys.platform != "linux":
         return
@@ -30,5 +31,5 @@ def use_huge_pages(memory: torch.Tensor) -> None:
     if begin >= end:
         return
     madvise = ctypes.CDLL(None).madvise
-    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+    for advice in (MADV_HUGEPAGE,) if fresh else (MADV_HUGEPAGE, MADV_COLLAPSE):
         madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)

@@ -47,6 +47,15 @@ def test_a_pool_gets_them_before_and_after_it_is_written(written):
 
 
 @needs_huge_pages
+def test_fresh_memory_is_not_moved():
+    memory = torch.empty(64 * MIB, dtype=torch.uint8)
+    memory[: 32 * MIB] = 7
+    use_huge_pages(memory, fresh=True)
+    memory[32 * MIB :] = 7
+    assert 24 * MIB <= huge_bytes(memory) <= 32 * MIB
+
+
+@needs_huge_pages
 def test_a_kv_cache_lies_in_them():
     cache = KVCache(KVShape(2, 8, 64), 512)
     assert huge_bytes(cache.storage) >= cache.storage.numel() // 2
