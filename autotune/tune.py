@@ -424,7 +424,7 @@ class _Run:
         """Tried first: the default and its neighbours, what won before, the model's favourites, and what won
         with each value that none of these has, nor any schedule on record."""
         won = guesses(self.database, self.spec, self.target, self.space)
-        start = [*near_default(self.spec, self.target)[:NEAREST], *won, *list(ranked)[:FAVOURITES]]
+        start = [*near_default(self.spec, self.target, NEAREST), *won, *list(ranked)[:FAVOURITES]]
         seen = [*start, *(outcome.schedule for outcome in self.known)]
         start += untried_values(won, seen, self.space, UNTRIED)
         return list(dict.fromkeys(start))
