@@ -650,8 +650,8 @@ class _Run:
     def _finalists(self, outcomes: Sequence[Outcome]) -> list[Schedule]:
         """The fastest over all workloads, each workload's own fastest, and what is chosen on record.
 
-        What was chosen before may be fastest on a workload that candidates are not timed on while searching: only
-        where it is timed beside the others on all of them is the new choice no worse than the old one.
+        What was chosen before may be fastest on a workload that candidates are not timed on while searching:
+        only where it is timed beside the others on all of them is the new choice no worse than the old one.
         """
         timed = sorted((o for o in outcomes if o.time_us is not None), key=lambda o: o.time_us or 0.0)
         finalists = [o.schedule for o in timed[: self.plan.finalists]]
