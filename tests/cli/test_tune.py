@@ -76,6 +76,7 @@ def tuned(tmp_path_factory):
     pack = tmp_path_factory.mktemp("packs") / "tiny.pack"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(4, 4, 5.0, (2,), 3, 2)})
+        patch.setattr(tuner, "SIMPLER", 0)
         options = ("--trace", "sample", "--effort", "quick", "--budget", "5s", "--out", pack, "--json")
         result = run("tune", "--cpu", *TINY, *options)
     return json.loads(result.stdout), pack

@@ -106,6 +106,7 @@ GRID = {
         "q": "bf16", "kv": "fp8_e4m3", "heads": (2, 1), "head_dim_v": 40, "k_inner": "token",
     },
 }  # fmt: skip
+# The fuzzer draws the like in every run.
 SLOW = (
     "block-8",
     "block-256",
@@ -116,7 +117,7 @@ SLOW = (
     "h40v200",
     "sinks",
     "soft-cap",
-)  # fmt: skip; the fuzzer draws the like in every run
+)
 
 
 @needs_cpu
