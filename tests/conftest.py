@@ -54,7 +54,7 @@ def linked_once(tmp_path_factory) -> Iterator[None]:
     def put(library: Path, out: Path) -> Path:
         """A copy, there in one step: what it replaces may be loaded."""
         with tempfile.TemporaryDirectory(dir=out.parent) as name:
-            return shutil.copyfile(library, Path(name) / out.name).replace(out)
+            return shutil.copy(library, Path(name) / out.name).replace(out)
 
     def once(assembly: link.Assembly, out: Path) -> Path:
         key = repr((assembly, link.host_compiler()))
