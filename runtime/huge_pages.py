@@ -20,9 +20,9 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h; the second f
 def use_huge_pages(memory: torch.Tensor) -> Thread | None:
     """Ask for huge pages for the whole storage that ``memory`` is a view of.
 
-    What is written later gets them at once. What was written before is moved to them in the background, by the
-    thread that is returned, which takes seconds a GiB. A system that refuses, or has none left, leaves pages as
-    they are. GPUs' memory is left alone, and other systems: None.
+    What is written later gets them at once. What was written before is moved to them in the background, by
+    the thread that is returned, which takes seconds a GiB. A system that refuses, or has none left, leaves
+    pages as they are. GPUs' memory is left alone, and other systems: None.
     """
     if memory.device.type != "cpu" or sys.platform != "linux":
         return None
