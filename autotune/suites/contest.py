@@ -52,7 +52,7 @@ def recorded(
     if found is None or found.entry.selection is None:
         return None
     selection = found.entry.selection
-    return Pick(selection.pick(workload.num_seqs, workload.max_seq_len), selection.status.value)
+    return Pick(selection.pick_for(workload), selection.status.value)
 
 
 def pick(

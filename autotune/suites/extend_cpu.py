@@ -8,12 +8,10 @@ large float32 matrices, on the same cores in the same run.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
+from pagedgen.autotune.roofline import cpu_matmul_tflops
 from pagedgen.autotune.suites import Note, peers_cpu, peers_extend_cpu
 from pagedgen.autotune.suites.contest import contest, ours
 from pagedgen.autotune.suites.report import Case, Report
@@ -22,10 +20,9 @@ from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
 
 ROUNDS = 7
-SIZE = 2048  # of the matrices
 PROMPT = Workload.chunks(1, 1024, 1024)
 CHUNKS = Workload.chunks(4, 128, 1024)
-MIXED = Workload("1x256of1024+15x1of1024", (1024,) * 16, (256,) + (1,) * 15)
+MIXED = Workload.parse("1x256of1024+15x1of1024", Op.EXTEND)
 
 
 def spec_of(kv: DType, window: int | None = None) -> KernelSpec:
@@ -45,17 +42,6 @@ def jobs() -> Iterator[tuple[str, KernelSpec, Workload]]:
     yield "prompt in a window, f32", spec_of(DType.F32, window=256), PROMPT
 
 
-def matmul_tflops() -> float:
-    """The best rate of torch's product of two float32 matrices: TFLOP/s."""
-    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return float(2 * SIZE**3 / min(times) / 1e12)
-
-
 def run(note: Note) -> Report:
     """All cases, on all cores this process may use."""
     cpu, cases = target("cpu"), []
@@ -64,5 +50,5 @@ def run(note: Note) -> Report:
             note(f"extend-cpu: {name}")
             contenders = [ours(spec, cpu, workload, "cpu", Path(folder))]
             rows, _ = contest([*contenders, *peers_extend_cpu.peers(spec, workload)], ROUNDS)
-            cases.append(Case(name, spec, workload, rows, (), matmul_tflops()))
+            cases.append(Case(name, spec, workload, rows, (), cpu_matmul_tflops()))
     return Report.of("extend-cpu", cpu, cases, peers_cpu.missing())

@@ -25,7 +25,7 @@ from pagedgen.autotune.ledger import Ledger, Place
 from pagedgen.autotune.recheck import Recheck
 from pagedgen.autotune.select import select
 from pagedgen.autotune.tune import Effort, Plan
-from pagedgen.cli import tune as command
+from pagedgen.cli import batches
 from pagedgen.cli import verify as checking
 from pagedgen.cli.app import app
 from pagedgen.compiler.kernel_hash import kernel_hash
@@ -97,9 +97,9 @@ def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, mo
     monkeypatch.setattr(tuner, "SIMPLER", 0)
     monkeypatch.setattr(tuner, "bandwidth", functions.fake_bandwidth)  # the real one is measured for seconds
     monkeypatch.setattr(rechecking, "bandwidth", functions.fake_bandwidth)
-    monkeypatch.setattr(command, "GRID", {"cpu": ((1, 512),)})
-    monkeypatch.setattr(command, "RAGGED", {"cpu": (4, 64, 1024)})
-    monkeypatch.setattr(command, "SKEWED", {"cpu": (2048, 3, 64)})
+    monkeypatch.setattr(batches, "GRID", {"cpu": ((1, 512),)})
+    monkeypatch.setattr(batches, "RAGGED", {"cpu": (4, 64, 1024)})
+    monkeypatch.setattr(batches, "SKEWED", {"cpu": (2048, 3, 64)})
     study, plots = tmp_path / "study.log", tmp_path / "plots"
     options = (*TINY, "--effort", "quick", "--storage", study)
     run("tune", *options, "--plots", plots)
