@@ -439,7 +439,7 @@ class _Run:
         """Tried first: the default and its neighbours, what won before, the model's favourites, and what won
         with each value that none of these has, nor any schedule on record."""
         won = guesses(self.database, self.spec, self.target, self.space)
-        start = [*near_default(self.spec, self.target)[:NEAREST], *won, *list(ranked)[:FAVOURITES]]
+        start = [*near_default(self.spec, self.target, NEAREST), *won, *list(ranked)[:FAVOURITES]]
         seen = [*start, *(outcome.schedule for outcome in self.known)]
         start += untried_values(won, seen, self.space, UNTRIED)
         return list(dict.fromkeys(start))
@@ -780,7 +780,9 @@ class _Run:
         )
         times = {s: {w: self._predict(s, w) for w in self.workloads} for s in usable}
         selection = self._selected(times, Status.PREDICTED)
-        return replace(selection, expected_regret=self.calibration.expected_regret), records, stop
+        if self.spec.op is Op.DECODE:  # whose picks were held against a device's own best
+            selection = replace(selection, expected_regret=self.calibration.expected_regret)
+        return selection, records, stop
 
     # ---- both ----
 
