@@ -80,10 +80,10 @@ def test_batches_of_extend_are_known_by_their_queries(fakes, database, cpu, monk
     result = tune(extend, cpu, [chunk, prompt], effort="max", database=database)
     assert result.selection.pick_for(chunk) == schedule(16, 4)
     assert result.selection.pick_for(prompt) == schedule(64, 4)
-    assert (result.roofline_gbs, result.roofline_tflops) == (20.0, 0.5)
+    assert (result.roofline_gbs, result.roofline_tflops) == (20.0, 100.0)
     best = result.chosen(prompt)
     assert best.workload == prompt and best.schedule == schedule(64, 4)
-    assert best.roofline_share == pytest.approx(prompt.flops(extend) / 0.5 / 1e6 / best.time_us)
+    assert best.roofline_share == pytest.approx(prompt.flops(extend) / 100.0 / 1e6 / best.time_us)
     again = tune(extend, cpu, [prompt, chunk], effort="max", database=database)
     assert again.counts.known == len(FINE) and again.chosen(chunk).workload == chunk
 
