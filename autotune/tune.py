@@ -827,10 +827,13 @@ def pruned(ranked: Mapping[Schedule, float], trials: int, seed: str) -> tuple[Sc
 
 
 def spread(workloads: Sequence[Workload], count: int) -> tuple[Workload, ...]:
-    """At most ``count`` workloads, evenly spaced among all by their number of tokens, ends included."""
-    if len(workloads) <= count:
-        return tuple(workloads)
-    ordered = sorted(workloads, key=lambda w: (w.num_tokens, w.max_seq_len, w.name))
+    """At most ``count`` workloads, evenly spaced among all by their number of tokens, ends included.
+
+    Of equally many tokens, those of the fewest queries and sequences come first.
+    """
+    ordered = sorted(workloads, key=lambda w: (w.num_tokens, w.num_queries, w.num_seqs, w.name))
+    if len(ordered) <= count:
+        return tuple(ordered)
     return tuple(ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count))
 
 
@@ -840,10 +843,7 @@ def regimes(workloads: Sequence[Workload]) -> tuple[Workload, ...]:
     A short batch is bound by latency, a long one by bytes, and one with a long sequence among short ones by
     how it is shared out: a schedule that is good at two of them may be bad at the third.
     """
-    chosen = spread(workloads, SEARCHED)
-    # of equally few tokens, those of the fewest sequences: that batch waits for latency the most
-    least = min(workloads, key=lambda w: (w.num_tokens, w.num_seqs, w.name))
-    chosen = (least, *(w for w in chosen[1:] if w != least))
+    chosen = spread(workloads, SEARCHED)  # the first of them waits for latency the most
     skewed = max(workloads, key=_skew)
     if _skew(skewed) < SKEWED or skewed in chosen or len(chosen) < SEARCHED:
         return chosen

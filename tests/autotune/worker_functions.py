@@ -138,7 +138,7 @@ def fake_bandwidth(spec: KernelSpec, device: str) -> Bandwidth:
 
 
 def fake_matmul_tflops(spec: KernelSpec, device: str) -> float:
-    return 100.0
+    return 50.0
 
 
 def no_pin() -> None:

@@ -129,11 +129,11 @@ def test_extend_is_tuned_built_inspected_and_checked(cache, tmp_path, monkeypatc
     assert [row["batch"] for row in data["called"]] == list(spelled)
     assert all(row["error"] <= row["allowed"] for row in data["called"])
     (result,) = data["results"]
-    assert result["name"] == "extend-h32-q2-kv1-b16-bf16-ktoken" and result["roofline_tflops"] == 100.0
+    assert result["name"] == "extend-h32-q2-kv1-b16-bf16-ktoken" and result["roofline_tflops"] == 50.0
     for row, text in zip(result["workloads"], spelled, strict=True):
         batch = Workload.parse(text, Op.EXTEND)
         assert (row["workload"], row["num_queries"], row["timing"]["rounds"]) == (text, 8, 3)
-        floor = batch.floor_us(replace(TINY_SPEC, op=Op.EXTEND), 20.0, 100.0)
+        floor = batch.floor_us(replace(TINY_SPEC, op=Op.EXTEND), 20.0, 50.0)
         assert row["roofline_share"] == pytest.approx(floor / row["time_us"])
 
     run("build", *options, "--out", pack)
