@@ -224,7 +224,7 @@ def tune(
     if not budget_s > 0:
         raise InvalidValue("budget", budget_s, "a positive number of seconds is expected")
     if spec.op not in TUNED:
-        raise InvalidValue("op", spec.op, f"allowed: {', '.join(TUNED)}")
+        raise InvalidValue("op", spec.op.value, f"allowed: {', '.join(TUNED)}")
     for workload in workloads:
         if workload.query_lens and spec.op is Op.DECODE:
             raise InvalidValue("workload", workload.name, "a batch of decode has no query lengths")

@@ -54,7 +54,9 @@ def run(
         check_folder(plots)
     for spec in job.specs:
         if spec.op not in TUNED:
-            raise InvalidValue("ops", spec.op, f"a comma list of {', '.join(TUNED)}: others have no batches")
+            raise InvalidValue(
+                "ops", spec.op.value, f"a comma list of {', '.join(TUNED)}: others have no batches"
+            )
         family_for(spec, job.target)
     present = device_of(job.target).present
     device = device_of(job.target).name if present else "not on this machine: times are predictions"

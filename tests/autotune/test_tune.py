@@ -92,8 +92,8 @@ def test_batches_of_extend_are_known_by_their_queries(fakes, database, cpu, monk
     assert regimes([prompt, chunk]) == (chunk, prompt)
     with pytest.raises(InvalidValue, match="a batch of decode has no query lengths"):
         tune(SPEC, cpu, [chunk], database=database)
-    with pytest.raises(InvalidValue, match="op = 'merge': allowed: decode, extend, verify"):
-        tune(replace(extend, op=Op.MERGE, return_lse=True), cpu, [chunk], database=database)
+    with pytest.raises(InvalidValue, match="op = 'write_kv': allowed: decode, extend, verify"):
+        tune(replace(extend, op=Op.WRITE_KV, num_q_heads=2), cpu, [chunk], database=database)
 
 
 def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, database, cpu) -> None:

@@ -151,7 +151,7 @@ def test_extend_is_tuned_built_inspected_and_checked(cache, tmp_path, monkeypatc
 
 def test_operators_without_batches_are_not_tuned(cache):
     refused = run("tune", *TINY, "--ops", "extend,write_kv", code=1).stderr
-    assert "ops = <Op.WRITE_KV" in refused or "ops = 'write_kv'" in refused
+    assert "ops = 'write_kv'" in refused
     assert "a comma list of decode, extend, verify" in refused
 
 
