@@ -141,7 +141,7 @@ def cpu_choice(cpu_target):
         if spec.op is Op.DECODE:
             other = Schedule.of(schedule.template, **{**dict(schedule.choices), "ahead": 0})
         else:
-            other = near_default(spec, cpu_target)[1]
+            other = near_default(spec, cpu_target, 2)[1]
         binaries = tuple(compile_source(render(spec, cpu_target, s)) for s in (schedule, other))
         return Choice(binaries, (Rule(4, 2**31 - 1, 0), Rule(2**31 - 1, 2**31 - 1, 1)), ())
 

@@ -75,10 +75,14 @@ def kernel_time(
     squared distance over the logarithms of batch size and mean length (Shepard, 1968).
 
     Raises:
-        InvalidValue: the file was measured on another target.
+        InvalidValue: the file was measured on another target, or its run was cut off.
         Unsupported: no template covers the spec on this target.
         MalformedFile: a record file is damaged.
     """
+    if timings is not None and not timings.complete:
+        got = f"{timings.done} of {timings.planned} groups of kernels"
+        allowed = f"all are expected: {timings.suite} was cut off (bench --case runs some of them)"
+        raise InvalidValue("kernel_times", got, allowed)
     if timings is not None and timings.environment.target != target.name:
         allowed = f"a file measured on {target.name} is expected"
         raise InvalidValue("kernel_times", timings.environment.target, allowed)

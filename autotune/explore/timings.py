@@ -63,13 +63,20 @@ class KernelTiming:
 
 @dataclass(frozen=True, slots=True)
 class KernelTimings:
-    """What ``pagedgen bench --suite block-sizes-gpu`` measured."""
+    """What ``pagedgen bench --suite block-sizes-gpu`` measured.
+
+    Where it was cut off, ``complete`` is false and ``done`` of ``planned`` groups of kernels are there.
+    (Files from before these fields are complete: they were written at the end.)
+    """
 
     suite: str
     environment: Environment
     rows: tuple[KernelTiming, ...]
     read_gbs: float = 0.0  # read bandwidth measured in the same run
     notes: tuple[str, ...] = ()
+    complete: bool = True
+    done: int = 0
+    planned: int = 0
 
     @classmethod
     def load(cls, path: Path) -> KernelTimings:

@@ -8,25 +8,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from pagedgen.autotune.suites.output import Note, Output
 from pagedgen.errors import InvalidValue, UnknownName
 
 if TYPE_CHECKING:
     from pagedgen.autotune.suites.report import Report
 
-Note = Callable[[str], None]  # a line of progress
-
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A benchmark. ``module`` has ``run(note) -> Report``; it is imported when the suite is run.
+    """A benchmark. ``module`` has ``run(output) -> Report``; it is imported when the suite is run.
 
-    With ``takes_traces`` it is ``run(note, traces)``.
+    With ``takes_traces`` it is ``run(output, traces)``; ``has_cases``: some of them can be run alone.
     """
 
     name: str
     meaning: str
     module: str
     takes_traces: bool = False
+    has_cases: bool = True
 
 
 SUITES: dict[str, Suite] = {
@@ -71,12 +71,14 @@ SUITES: dict[str, Suite] = {
             "load",
             "loading a pack and the first call in a fresh process, call overhead, pagedgen --help",
             "pagedgen.autotune.suites.load",
+            has_cases=False,
         ),
         Suite(
             "manager",
             "the block manager: steps, prompts, memory, and vLLM's manager where vllm is installed",
             "pagedgen.autotune.suites.manager",
             takes_traces=True,
+            has_cases=False,
         ),
         Suite(
             "block-sizes-gpu",
@@ -87,12 +89,21 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def run_suite(name: str, json_path: Path | None, note: Note, traces: Sequence[Path] = ()) -> Report:
-    """Run a suite, note its progress, and keep the report as JSON.
+def run_suite(
+    name: str,
+    json_path: Path | None,
+    note: Note,
+    traces: Sequence[Path] = (),
+    cases: Sequence[str] = (),
+) -> Report:
+    """Run a suite, note its progress, and keep the report as JSON, anew after every case.
+
+    Args:
+        cases: texts; only cases whose names hold one of them are run.
 
     Raises:
-        UnknownName: no such suite.
-        InvalidValue: traces for a suite that takes none.
+        UnknownName: no such suite, or no case with such a name.
+        InvalidValue: traces or cases for a suite that takes none.
         MalformedFile: a trace cannot be read.
         DeviceMissing: the suite needs a device that is not here.
         CacheUnwritable: the JSON file cannot be written.
@@ -102,8 +113,13 @@ def run_suite(name: str, json_path: Path | None, note: Note, traces: Sequence[Pa
     takers = [suite.name for suite in SUITES.values() if suite.takes_traces]
     if traces and name not in takers:
         raise InvalidValue("trace", str(traces[0]), f"no trace is allowed with {name}, only with {takers}")
+    if cases and not SUITES[name].has_cases:
+        raise InvalidValue("case", cases[0], f"{name} has no cases that can be run alone")
     run = cast("Callable[..., Report]", import_module(SUITES[name].module).run)
-    report = run(note, tuple(traces)) if traces else run(note)
-    if json_path is not None:
-        report.save(json_path)
-    return report
+    output = Output(note, json_path, cases)
+    try:
+        return run(output, tuple(traces)) if traces else run(output)
+    except BaseException:
+        if output.is_kept:
+            note(f"{name} was cut off; what was finished is in {json_path}")
+        raise

@@ -25,9 +25,9 @@ from pagedgen.autotune.explore.policies import RUN_TOKENS
 from pagedgen.autotune.explore.timings import KernelTiming, KernelTimings
 from pagedgen.autotune.measure import Clock, Rotation, gate_variant, rotation
 from pagedgen.autotune.roofline import gpu_read_gbs
-from pagedgen.autotune.suites import Note
 from pagedgen.autotune.suites.contest import Contender, contest
 from pagedgen.autotune.suites.decode_gpu import E4M3, F16, spec_of
+from pagedgen.autotune.suites.output import Note, Output
 from pagedgen.autotune.suites.report import Environment, Row
 from pagedgen.autotune.tune import MEASURE_S, Workshop
 from pagedgen.compiler.binary import Binary
@@ -147,8 +147,8 @@ def aged_table(
     return table.reshape(num_seqs, blocks_each)
 
 
-def run(note: Note) -> KernelTimings:
-    """All groups, on the first GPU.
+def run(output: Output) -> KernelTimings:
+    """All groups that are wanted, on the first GPU.
 
     Raises:
         DeviceMissing: there is none.
@@ -156,24 +156,33 @@ def run(note: Note) -> KernelTimings:
     target = gpu_target()
     if not device_of(target).present:
         raise DeviceMissing(f"{SUITE}: a CUDA GPU is needed")
-    todo = groups()
+    todo = output.chosen(groups())
+    environment = Environment.here(target)  # the date is the start's
     rows: list[KernelTiming] = []
-    notes: list[str] = []
+    notes = [f"only groups with {' or '.join(output.wanted)}"] if output.wanted else []
     read_gbs = 0.0
+
+    def report(done: int) -> KernelTimings:
+        complete = done == len(todo)
+        return KernelTimings(
+            SUITE, environment, tuple(rows), read_gbs, tuple(notes), complete, done, len(todo)
+        )
+
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        compile_candidates(todo, target, shop, note)
+        compile_candidates(todo, target, shop, output.note)
         for number, group in enumerate(todo, 1):
             try:
                 timed, rate = shop.worker.call(_time, group, target, Path(folder), timeout_s=2 * MEASURE_S)
             except PagedgenError as error:
                 shop.worker.kill()  # whatever it was, the next group gets a clean CUDA context
                 notes.append(f"{group.name}: {type(error).__name__}: {error}")
-                note(f"{SUITE} {number}/{len(todo)}: {notes[-1]}")
-                continue
-            rows += timed
-            read_gbs = max(read_gbs, rate)
-            note(f"{SUITE} {number}/{len(todo)}: {group.name}: {_best(timed)}")
-    return KernelTimings(SUITE, Environment.here(target), tuple(rows), read_gbs, tuple(notes))
+                output.note(f"{SUITE} {number}/{len(todo)}: {notes[-1]}")
+            else:
+                rows += timed
+                read_gbs = max(read_gbs, rate)
+                output.note(f"{SUITE} {number}/{len(todo)}: {group.name}: {_best(timed)}")
+            output.keep(report(number))
+    return report(len(todo))
 
 
 def compile_candidates(todo: Sequence[Group], target: Target, shop: Workshop, note: Note) -> None:

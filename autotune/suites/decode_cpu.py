@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from pagedgen.autotune.roofline_cpu import random_reader
-from pagedgen.autotune.suites import Note, peers_cpu
-from pagedgen.autotune.suites.contest import Contender, contest, ours
-from pagedgen.autotune.suites.report import Case, Report
+from pagedgen.autotune.suites import peers_cpu
+from pagedgen.autotune.suites.contest import contest, ours
+from pagedgen.autotune.suites.output import Output
+from pagedgen.autotune.suites.report import Case, Draft, Report
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
@@ -43,33 +44,42 @@ def ceiling(spec: KernelSpec) -> Callable[[], float]:
     return reader.best_gbs
 
 
-def run(note: Note) -> Report:
-    """All cases, on all cores this process may use."""
-    cpu = target("cpu")
-    cases = []
-    with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as name:
-        folder = Path(name)
-        for kv in (DType.BF16, DType.F16, DType.FP8_E4M3, DType.F32):
-            spec = spec_of(kv)
-            note(f"decode-cpu: {spec.name}, {UNIFORM.name}")
-            contenders = [ours(spec, cpu, UNIFORM, DEVICE, folder), *peers_cpu.peers(spec, UNIFORM)]
-            cases.append(_case(f"peers, {kv.value}", spec, UNIFORM, contenders))
-        note("decode-cpu: head groups")
-        specs = [spec_of(DType.BF16, group) for group in GROUPS]
-        contenders = [
-            ours(spec, cpu, UNIFORM, DEVICE, folder, f"group of {group}")
-            for group, spec in zip(GROUPS, specs, strict=True)
-        ]
-        cases.append(_case("head groups, bf16", specs[0], UNIFORM, contenders))
-        note("decode-cpu: ragged lengths")
-        spec = spec_of(DType.BF16)
-        contenders = [
-            ours(spec, cpu, workload, DEVICE, folder, workload.name) for workload in (UNIFORM, RAGGED)
-        ]
-        cases.append(_case("ragged lengths, bf16", spec, replace(UNIFORM, name="equal tokens"), contenders))
-    return Report.of("decode-cpu", cpu, cases, peers_cpu.missing())
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One case: ours on specs and batches of as many bytes, each by its own name; with or without peers."""
+
+    name: str
+    spec: KernelSpec
+    workload: Workload
+    ours: tuple[tuple[str, KernelSpec, Workload], ...]
+    with_peers: bool = False
 
 
-def _case(name: str, spec: KernelSpec, workload: Workload, contenders: list[Contender]) -> Case:
-    rows, read_gbs = contest(contenders, ROUNDS, ceiling(spec))
-    return Case(name, spec, workload, rows, read_gbs)
+def jobs() -> tuple[Job, ...]:
+    """All cases."""
+    found = []
+    for kv in (DType.BF16, DType.F16, DType.FP8_E4M3, DType.F32):
+        spec = spec_of(kv)
+        alone = (("pagedgen", spec, UNIFORM),)
+        found.append(Job(f"peers, {kv.value}", spec, UNIFORM, alone, with_peers=True))
+    spec = spec_of(DType.BF16)
+    groups = tuple((f"group of {group}", spec_of(DType.BF16, group), UNIFORM) for group in GROUPS)
+    found.append(Job("head groups, bf16", groups[0][1], UNIFORM, groups))
+    ragged = tuple((workload.name, spec, workload) for workload in (UNIFORM, RAGGED))
+    found.append(Job("ragged lengths, bf16", spec, replace(UNIFORM, name="equal tokens"), ragged))
+    return tuple(found)
+
+
+def run(output: Output) -> Report:
+    """All cases that are wanted, on all cores this process may use."""
+    cpu, todo = target("cpu"), output.chosen(jobs())
+    draft = Draft("decode-cpu", cpu, len(todo), output)
+    with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder:
+        for job in todo:
+            output.note(f"decode-cpu: {job.name}")
+            contenders = [ours(s, cpu, w, DEVICE, Path(folder), name) for name, s, w in job.ours]
+            if job.with_peers:
+                contenders += peers_cpu.peers(job.spec, job.workload)
+            rows, read_gbs = contest(contenders, ROUNDS, ceiling(job.spec))
+            draft.add(Case(job.name, job.spec, job.workload, rows, read_gbs))
+    return draft.finish(peers_cpu.missing())

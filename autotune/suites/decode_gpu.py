@@ -2,15 +2,16 @@
 
 First the batches that published comparisons of decode kernels use, beside peers where they are installed;
 then a grid of specs at 32 x 8192, ours alone. Kernels are the recorded picks where there are any, the
-schedule elsewhere, and each row says which. Compiling runs in parallel beforehand; cases run in a worker, so
-that a kernel that takes the CUDA context along costs its row only.
+schedule nearest the default elsewhere, and each row says which. Compiling, linking and the gate run in
+parallel beforehand; cases run in a worker, so that a kernel that takes the CUDA context along costs its row
+only.
 """
 
 from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from pagedgen.autotune.binaries import BinaryCache, compile_all
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.gating import GATE_S
 from pagedgen.autotune.roofline import gpu_read_gbs
-from pagedgen.autotune.suites import Note
-from pagedgen.autotune.suites.contest import NEAREST, contest, ours, recorded
-from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.autotune.suites.contest import NEAREST, Pick, contest, ours, prove_all, recorded_selection
+from pagedgen.autotune.suites.output import Note, Output
+from pagedgen.autotune.suites.report import Case, Draft, Report, Row
 from pagedgen.autotune.tune import MEASURE_S, Workshop
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import near_default
@@ -48,6 +49,9 @@ class Job:
     workload: Workload
     rounds: int
     with_peers: bool
+
+
+Picks = Mapping[tuple[KernelSpec, Workload], Pick]
 
 
 def spec_of(
@@ -109,8 +113,8 @@ def grid() -> tuple[KernelSpec, ...]:
     return tuple(dict.fromkeys(specs))
 
 
-def run(note: Note) -> Report:
-    """All cases, on the first GPU.
+def run(output: Output) -> Report:
+    """All cases that are wanted, on the first GPU.
 
     Raises:
         DeviceMissing: there is none.
@@ -121,44 +125,63 @@ def run(note: Note) -> Report:
     jobs = [*rows()]
     for spec in grid():
         jobs.append(Job(f"grid {spec.name}", spec, GRID_WORKLOAD, GRID_ROUNDS, with_peers=False))
-    with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        compile_picks(jobs, target, shop, note)
-        cases = []
+    jobs = list(output.chosen(jobs))
+    draft = Draft("decode-gpu", target, len(jobs), output)
+    with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as name, Workshop(target) as shop:
+        folder = Path(name)
+        picks = compile_picks(jobs, target, shop, output.note)
+        prove_picks(picks, target, folder, output.note)
         for number, job in enumerate(jobs, 1):
-            cases.append(_case(job, target, Path(folder), shop))
-            best = cases[-1].summaries()[0]
+            case = _case(job, target, folder, shop, picks.get((job.spec, job.workload)))
+            draft.add(case)
+            best = case.summaries()[0]
             rate = f"{best.median_us:,.1f} us, {best.gbs:,.0f} GB/s, {best.roofline_share:.0%}"
-            note(f"decode-gpu {number}/{len(jobs)}: {job.name}: {best.failure or rate}")
+            output.note(f"decode-gpu {number}/{len(jobs)}: {job.name}: {best.failure or rate}")
         notes = shop.worker.call(_missing, timeout_s=GATE_S)
-    return Report.of("decode-gpu", target, cases, notes)
+    return draft.finish(notes)
 
 
-def compile_picks(jobs: Sequence[Job], target: Target, shop: Workshop, note: Note) -> None:
-    """Fill the binary cache in parallel with what the cases will pick; a failure shows up in its case.
+def compile_picks(jobs: Sequence[Job], target: Target, shop: Workshop, note: Note) -> Picks:
+    """What stands for us in each case, compiled in parallel; a failure shows up in its case.
 
     Without a record that is the schedule nearest the default that does not spill, so a spec stays pending
     until one of its nearest compiles.
     """
-    cache, found = BinaryCache(), [recorded(job.spec, target, job.workload) for job in jobs]
-    known = {render(j.spec, target, chosen.schedule) for j, chosen in zip(jobs, found, strict=True) if chosen}
-    list(compile_all(tuple(known), shop.pool, cache))
-    pending = list(dict.fromkeys(j.spec for j, chosen in zip(jobs, found, strict=True) if chosen is None))
+    cache, specs = BinaryCache(), dict.fromkeys(job.spec for job in jobs)
+    selections = {spec: recorded_selection(spec, target) for spec in specs}
+    picks = {
+        (job.spec, job.workload): Pick.of(selection, job.workload)
+        for job in jobs
+        if (selection := selections[job.spec]) is not None
+    }
+    pending = {s: near_default(s, target, NEAREST) for s, found in selections.items() if found is None}
+    note(f"compiling {len(picks)} recorded picks")
+    sources = dict.fromkeys(render(spec, target, chosen.schedule) for (spec, _), chosen in picks.items())
+    list(compile_all(tuple(sources), shop.pool, cache))
     for turn in range(NEAREST):
-        if not pending:
-            return
-        note(f"compiling {len(pending)} specs, turn {turn + 1}")
-        nearest = [near_default(spec, target) for spec in pending]
-        sources = [
-            render(s, target, near[min(turn, len(near) - 1)])
-            for s, near in zip(pending, nearest, strict=True)
-        ]
-        outcomes = compile_all(sources, shop.pool, cache)
-        pending = [compiled.source.spec for compiled in outcomes if compiled.binary is None]
+        todo = {spec: near[turn] for spec, near in pending.items() if turn < len(near)}
+        if not todo:
+            break
+        note(f"compiling {len(todo)} specs, turn {turn + 1}")
+        for done in compile_all([render(spec, target, s) for spec, s in todo.items()], shop.pool, cache):
+            if done.binary is not None:
+                spec = done.source.spec
+                del pending[spec]
+                chosen = Pick(done.source.schedule, "default")
+                picks |= {(spec, job.workload): chosen for job in jobs if job.spec == spec}
+    return picks
 
 
-def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:
+def prove_picks(picks: Picks, target: Target, folder: Path, note: Note) -> None:
+    """Gate what stands for us in each case; a failure shows up in its case."""
+    kernels = dict.fromkeys((spec, chosen.schedule) for (spec, _), chosen in picks.items())
+    note(f"proving {len(kernels)} kernels")
+    prove_all(kernels, target, "cuda", folder)
+
+
+def _case(job: Job, target: Target, folder: Path, shop: Workshop, chosen: Pick | None) -> Case:
     try:
-        rows, read_gbs = shop.worker.call(_contest, job, target, folder, timeout_s=2 * MEASURE_S)
+        rows, read_gbs = shop.worker.call(_contest, job, target, folder, chosen, timeout_s=2 * MEASURE_S)
     except PagedgenError as error:
         shop.worker.kill()  # whatever it was, the next case gets a clean CUDA context
         rows = (Row("pagedgen", (), job.workload.kv_bytes(job.spec), "", f"{type(error).__name__}: {error}"),)
@@ -166,9 +189,11 @@ def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:
     return Case(job.name, job.spec, job.workload, rows, read_gbs)
 
 
-def _contest(job: Job, target: Target, folder: Path) -> tuple[tuple[Row, ...], tuple[float, ...]]:
+def _contest(
+    job: Job, target: Target, folder: Path, chosen: Pick | None
+) -> tuple[tuple[Row, ...], tuple[float, ...]]:
     """One case, in the worker."""
-    contenders = [ours(job.spec, target, job.workload, "cuda", folder)]
+    contenders = [ours(job.spec, target, job.workload, "cuda", folder, chosen=chosen)]
     if job.with_peers:
         from pagedgen.autotune.suites import peers_gpu
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pagedgen.autotune.suites import Note, peers_cpu, peers_extend_cpu
+from pagedgen.autotune.suites import peers_cpu, peers_extend_cpu
 from pagedgen.autotune.suites.contest import contest, ours
-from pagedgen.autotune.suites.report import Case, Report
+from pagedgen.autotune.suites.output import Output
+from pagedgen.autotune.suites.report import Case, Draft, Report
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
@@ -35,14 +36,26 @@ def spec_of(kv: DType, window: int | None = None) -> KernelSpec:
     return KernelSpec(Op.EXTEND, 128, 32, 8, 16, q, kv, scale, KInner.TOKEN, window=window)
 
 
-def jobs() -> Iterator[tuple[str, KernelSpec, Workload]]:
-    """Name, spec and batch of each case."""
-    for kv in (DType.F32, DType.BF16, DType.F16, DType.FP8_E4M3):
-        yield f"prompt, {kv.value}", spec_of(kv), PROMPT
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One case."""
+
+    name: str
+    spec: KernelSpec
+    workload: Workload
+
+
+def jobs() -> tuple[Job, ...]:
+    """All cases."""
+    found = [
+        Job(f"prompt, {kv.value}", spec_of(kv), PROMPT)
+        for kv in (DType.F32, DType.BF16, DType.F16, DType.FP8_E4M3)
+    ]
     for kv in (DType.F32, DType.BF16):
-        yield f"chunks, {kv.value}", spec_of(kv), CHUNKS
-        yield f"a chunk among decodes, {kv.value}", spec_of(kv), MIXED
-    yield "prompt in a window, f32", spec_of(DType.F32, window=256), PROMPT
+        found.append(Job(f"chunks, {kv.value}", spec_of(kv), CHUNKS))
+        found.append(Job(f"a chunk among decodes, {kv.value}", spec_of(kv), MIXED))
+    found.append(Job("prompt in a window, f32", spec_of(DType.F32, window=256), PROMPT))
+    return tuple(found)
 
 
 def matmul_tflops() -> float:
@@ -56,13 +69,14 @@ def matmul_tflops() -> float:
     return float(2 * SIZE**3 / min(times) / 1e12)
 
 
-def run(note: Note) -> Report:
-    """All cases, on all cores this process may use."""
-    cpu, cases = target("cpu"), []
+def run(output: Output) -> Report:
+    """All cases that are wanted, on all cores this process may use."""
+    cpu, todo = target("cpu"), output.chosen(jobs())
+    draft = Draft("extend-cpu", cpu, len(todo), output)
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder:
-        for name, spec, workload in jobs():
-            note(f"extend-cpu: {name}")
-            contenders = [ours(spec, cpu, workload, "cpu", Path(folder))]
-            rows, _ = contest([*contenders, *peers_extend_cpu.peers(spec, workload)], ROUNDS)
-            cases.append(Case(name, spec, workload, rows, (), matmul_tflops()))
-    return Report.of("extend-cpu", cpu, cases, peers_cpu.missing())
+        for job in todo:
+            output.note(f"extend-cpu: {job.name}")
+            contenders = [ours(job.spec, cpu, job.workload, "cpu", Path(folder))]
+            rows, _ = contest([*contenders, *peers_extend_cpu.peers(job.spec, job.workload)], ROUNDS)
+            draft.add(Case(job.name, job.spec, job.workload, rows, (), matmul_tflops()))
+    return draft.finish(peers_cpu.missing())

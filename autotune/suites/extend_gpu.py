@@ -15,13 +15,13 @@ from typing import Any
 from pagedgen.autotune.binaries import BinaryCache, compile_all
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.roofline import gpu_matmul_tflops
-from pagedgen.autotune.suites import Note
-from pagedgen.autotune.suites.contest import contest, ours, pick
-from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.autotune.suites.contest import Pick, contest, ours, pick, prove_all
+from pagedgen.autotune.suites.output import Output
+from pagedgen.autotune.suites.report import Case, Draft, Report, Row
 from pagedgen.autotune.tune import MEASURE_S, Workshop
 from pagedgen.compiler.families import family_for
 from pagedgen.compiler.render import render
-from pagedgen.compiler.space import default_schedule, feasible
+from pagedgen.compiler.space import default_schedule, is_feasible
 from pagedgen.errors import DeviceMissing, PagedgenError
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
@@ -107,7 +107,7 @@ def jobs() -> tuple[Job, ...]:
 def candidates(spec: KernelSpec, target: Target) -> tuple[Schedule, ...]:
     """The legal ones of :data:`TILES`, each with the ways of loading ids that suit it."""
     base = dict(default_schedule(spec, target).choices)
-    legal, found = set(feasible(spec, target)), []
+    found = []
     for tile_m, tile, warps, stages, prefetch in TILES:
         for ids in ("scalar", "page", "gather"):
             schedule = Schedule.of(
@@ -117,14 +117,14 @@ def candidates(spec: KernelSpec, target: Target) -> tuple[Schedule, ...]:
                     "prefetch_ids": prefetch, "ids": ids,
                 },
             )  # fmt: skip
-            if schedule in legal:
+            if is_feasible(spec, target, schedule):
                 found.append(schedule)
                 break
     return tuple(found)
 
 
-def run(note: Note) -> Report:
-    """All cases, on the first GPU.
+def run(output: Output) -> Report:
+    """All cases that are wanted, on the first GPU.
 
     Raises:
         DeviceMissing: there is none.
@@ -132,24 +132,27 @@ def run(note: Note) -> Report:
     target = gpu_target()
     if not device_of(target).present:
         raise DeviceMissing("extend-gpu: a CUDA GPU is needed")
-    todo = jobs()
+    todo = output.chosen(jobs())
+    draft = Draft("extend-gpu", target, len(todo), output)
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        specs = dict.fromkeys((job.spec, job.every_tile) for job in todo)
-        sources = [
-            render(spec, target, schedule)
-            for spec, every in specs
-            for schedule in (candidates(spec, target) if every else (default_schedule(spec, target),))
-        ]
-        note(f"extend-gpu: compiling {len(set(sources))} kernels")
-        list(compile_all(tuple(dict.fromkeys(sources)), shop.pool, BinaryCache()))
-        cases = []
+        first = {(job.spec, default_schedule(job.spec, target)): None for job in todo}
+        more = {
+            (job.spec, schedule): None
+            for job in todo
+            for schedule in (candidates(job.spec, target) if job.every_tile else ())
+        }
+        kernels = tuple(first | more)
+        output.note(f"extend-gpu: compiling and proving {len(kernels)} kernels")
+        list(compile_all([render(s, target, schedule) for s, schedule in kernels], shop.pool, BinaryCache()))
+        prove_all(kernels, target, "cuda", Path(folder))
         for number, job in enumerate(todo, 1):
-            cases.append(_case(job, target, Path(folder), shop))
-            best = max(cases[-1].summaries(), key=lambda row: row.tflops)
+            case = _case(job, target, Path(folder), shop)
+            draft.add(case)
+            best = max(case.summaries(), key=lambda row: row.tflops)
             rate = f"{best.median_us:,.1f} us, {best.tflops:,.0f} TFLOP/s, {best.matmul_share:.0%}"
             what = best.failure or f"{rate}: {best.detail}"
-            note(f"extend-gpu {number}/{len(todo)}: {job.name}: {what}")
-    return Report.of("extend-gpu", target, cases)
+            output.note(f"extend-gpu {number}/{len(todo)}: {job.name}: {what}")
+    return draft.finish()
 
 
 def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:
@@ -165,15 +168,16 @@ def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:
 def _contest(job: Job, target: Target, folder: Path) -> tuple[tuple[Row, ...], float]:
     """One case, in the worker."""
     chosen = pick(job.spec, target, job.workload)
-    contenders = [ours(job.spec, target, job.workload, "cuda", folder)]
+    contenders = [ours(job.spec, target, job.workload, "cuda", folder, chosen=chosen)]
     failed = []
     for schedule in candidates(job.spec, target) if job.every_tile else ():
         if schedule == chosen.schedule:
             continue
         name = "tile {}x{}, {} warps".format(*(schedule[f] for f in ("tile_m", "tile", "num_warps")))
+        candidate = Pick(schedule, "candidate")
         name += f", {schedule['num_stages']} stages{', ids ahead' if schedule['prefetch_ids'] else ''}"
         try:
-            contenders.append(ours(job.spec, target, job.workload, "cuda", folder, name, schedule))
+            contenders.append(ours(job.spec, target, job.workload, "cuda", folder, name, candidate))
         except PagedgenError as error:
             reason = f"{type(error).__name__}: {error}"
             failed.append(Row(name, (), job.workload.kv_bytes(job.spec), schedule.name, reason))

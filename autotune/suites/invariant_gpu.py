@@ -20,10 +20,10 @@ from pagedgen.autotune.binaries import BinaryCache, compile_all
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.roofline import gpu_read_gbs
 from pagedgen.autotune.select import select
-from pagedgen.autotune.suites import Note
-from pagedgen.autotune.suites.contest import contest, ours
-from pagedgen.autotune.suites.decode_gpu import BF16, Job, compile_picks, rows
-from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.autotune.suites.contest import Pick, contest, ours, prove_all
+from pagedgen.autotune.suites.decode_gpu import BF16, Job, compile_picks, prove_picks, rows
+from pagedgen.autotune.suites.output import Output
+from pagedgen.autotune.suites.report import Case, Draft, Report, Row
 from pagedgen.autotune.tune import MEASURE_S, Workshop
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, is_legal
@@ -85,8 +85,8 @@ def best_of(cases: Sequence[Case]) -> dict[KernelSpec, str]:
     return found
 
 
-def run(note: Note) -> Report:
-    """All cases, on the first GPU.
+def run(output: Output) -> Report:
+    """All cases that are wanted, on the first GPU.
 
     Raises:
         DeviceMissing: there is none.
@@ -94,46 +94,61 @@ def run(note: Note) -> Report:
     target = gpu_target()
     if not device_of(target).present:
         raise DeviceMissing("invariant-gpu: a CUDA GPU is needed")
-    todo = jobs()
+    todo = output.chosen(jobs())
+    draft = Draft("invariant-gpu", target, len(todo), output)
     specs = tuple(dict.fromkeys(job.spec for job in todo))
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        compile_picks(todo, target, shop, note)
+        picks = compile_picks(todo, target, shop, output.note)
         fixed = [
-            render(replace(spec, batch_invariant=True), target, schedule)
+            (replace(spec, batch_invariant=True), schedule)
             for spec in specs
             for _, schedule in candidates(spec, target)
         ]
-        note(f"invariant-gpu: compiling {len(fixed)} kernels")
-        list(compile_all(tuple(fixed), shop.pool, BinaryCache()))
+        output.note(f"invariant-gpu: compiling {len(fixed)} kernels")
+        sources = tuple(render(spec, target, schedule) for spec, schedule in fixed)
+        list(compile_all(sources, shop.pool, BinaryCache()))
+        prove_picks(picks, target, Path(folder), output.note)
+        output.note(f"invariant-gpu: proving {len(fixed)} kernels")
+        prove_all(fixed, target, "cuda", Path(folder))
         read_gbs: tuple[float, ...] = (shop.worker.call(gpu_read_gbs, timeout_s=MEASURE_S),)
         cases = []
         for number, job in enumerate(todo, 1):
-            cases.append(_case(job, target, Path(folder), shop, read_gbs))
+            chosen = picks.get((job.spec, job.workload))
+            cases.append(_case(job, target, Path(folder), shop, read_gbs, chosen))
+            draft.add(cases[-1])
             times = [
                 f"{row.contender} {row.failure or f'{row.median_us:,.1f} us'} ({row.speed_ratio:.2f})"
                 for row in cases[-1].summaries()
             ]
-            note(f"invariant-gpu {number}/{len(todo)}: {job.name}: {', '.join(times)}")
-    return Report.of(
-        "invariant-gpu", target, cases, [f"{s.name}: best is {n}" for s, n in best_of(cases).items()]
-    )
+            output.note(f"invariant-gpu {number}/{len(todo)}: {job.name}: {', '.join(times)}")
+    return draft.finish([f"{spec.name}: best is {name}" for spec, name in best_of(cases).items()])
 
 
-def _case(job: Job, target: Target, folder: Path, shop: Workshop, read_gbs: tuple[float, ...]) -> Case:
+def _case(
+    job: Job,
+    target: Target,
+    folder: Path,
+    shop: Workshop,
+    read_gbs: tuple[float, ...],
+    chosen: Pick | None,
+) -> Case:
     try:
-        found = shop.worker.call(_contest, job, target, folder, timeout_s=2 * MEASURE_S)
+        found = shop.worker.call(_contest, job, target, folder, chosen, timeout_s=2 * MEASURE_S)
     except PagedgenError as error:
         shop.worker.kill()  # whatever it was, the next case gets a clean CUDA context
         found = (Row(FREE, (), job.workload.kv_bytes(job.spec), "", f"{type(error).__name__}: {error}"),)
     return Case(job.name, job.spec, job.workload, found, read_gbs)
 
 
-def _contest(job: Job, target: Target, folder: Path) -> tuple[Row, ...]:
+def _contest(job: Job, target: Target, folder: Path, chosen: Pick | None) -> tuple[Row, ...]:
     """One case, in the worker; the free kernel is first, so that ratios are times of its."""
     invariant = replace(job.spec, batch_invariant=True)
-    makers = [(FREE, partial(ours, job.spec, target, job.workload, "cuda", folder, FREE))]
+    makers = [(FREE, partial(ours, job.spec, target, job.workload, "cuda", folder, FREE, chosen))]
     makers += [
-        (name, partial(ours, invariant, target, job.workload, "cuda", folder, name, schedule))
+        (
+            name,
+            partial(ours, invariant, target, job.workload, "cuda", folder, name, Pick(schedule, "candidate")),
+        )
         for name, schedule in candidates(job.spec, target)
     ]
     contenders, found = [], {}

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pagedgen.autotune.binaries import compile_one
 from pagedgen.autotune.measure import device_name
-from pagedgen.autotune.suites import Note
 from pagedgen.autotune.suites.contest import pick
-from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.autotune.suites.output import Output
+from pagedgen.autotune.suites.report import Case, Draft, Report, Row
 from pagedgen.compiler.build import Choice, build
 from pagedgen.errors import GateFailure
 from pagedgen.values import codec
@@ -71,7 +71,7 @@ print(json.dumps([(loaded - start) * 1e6, (first - loaded) * 1e6, statistics.med
 """
 
 
-def run(note: Note) -> Report:
+def run(output: Output) -> Report:
     """Loading, first call, call overhead and ``--help``; microseconds."""
     target = detect()
     cpu = target.kind == "cpu"
@@ -87,14 +87,14 @@ def run(note: Note) -> Report:
         command = [sys.executable, "-c", CHILD, *arguments]
         results = []
         for number in range(PROCESSES):
-            note(f"load: process {number + 1}/{PROCESSES}")
+            output.note(f"load: process {number + 1}/{PROCESSES}")
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
             if done.returncode:  # the child's own check of the result included
                 raise GateFailure(f"load: the serving process failed: {done.stderr.strip()[-800:]}")
             results.append(json.loads(done.stdout.splitlines()[-1]))
     load, first, call = (tuple(column) for column in zip(*results, strict=True))
     both = tuple(a + b for a, b in zip(load, first, strict=True))
-    note("load: pagedgen --help")
+    output.note("load: pagedgen --help")
     detail = f"{chosen.origin}: {chosen.schedule.name}"
     rows = (
         Row("load and first call", both, 0, detail),
@@ -103,7 +103,9 @@ def run(note: Note) -> Report:
         Row("call", call, 0, f"host time, median of {CALLS} calls in each process"),
         Row("pagedgen --help", _help(), 0, f"whole process; an empty Python is {_empty():,.0f} us"),
     )
-    return Report.of("load", target, [Case("microseconds", spec, WORKLOAD, rows, ())])
+    draft = Draft("load", target, 1, output)
+    draft.add(Case("microseconds", spec, WORKLOAD, rows, ()))
+    return draft.finish()
 
 
 def _help() -> tuple[float, ...]:

@@ -16,7 +16,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 from pagedgen.autotune.paths import publish
 from pagedgen.autotune.suites import fragmentation
 from pagedgen.autotune.suites.manager_peers import BLOCK_SIZE, VLLM, Manager, Pagedgen
+from pagedgen.autotune.suites.output import Output
 from pagedgen.runtime.arrays import I32
 from pagedgen.runtime.block_manager import BlockManager
 from pagedgen.values import codec
@@ -109,9 +110,10 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that one run measured."""
+    """Everything that one run measured; not ``complete`` while it does, or where it was cut off."""
 
     environment: Environment
+    complete: bool
     times: tuple[Samples, ...]
     memory: Memory
     traces: tuple[TraceShares, ...]
@@ -207,41 +209,51 @@ def measure_trace(path: Path, requests: int, pool_tokens: int) -> TraceShares:
     return TraceShares(trace.name, len(trace.prompts), pool_tokens, shares, *sampling, *beam)
 
 
-def run(
-    note: Callable[[str], None] = print, traces: Sequence[Path] = (), requests: int = 4000, command: str = ""
-) -> Report:
+def run(output: Output, traces: Sequence[Path] = (), requests: int = 4000, command: str = "") -> Report:
     """Measure everything; about a minute with vLLM, and a few seconds a trace.
 
     Args:
-        note: takes a line of progress.
+        output: where lines of progress go, and what is finished.
         traces: files of request lengths; see :func:`fragmentation.read_trace`.
         requests: at most this many of each trace.
         command: how to run it again.
     """
-    with_peer = importlib.util.find_spec("vllm") is not None
-    note("vLLM's manager beside ours" if with_peer else "vllm is not installed here: this manager alone")
-    memory = measure_memory()
+    command = command or " ".join(["pagedgen bench --suite manager", *(f"--trace {p.name}" for p in traces)])
+    environment = _environment(command)
     times: list[Samples] = []
+    shares: list[TraceShares] = []
+
+    def keep(complete: bool = False) -> Report:
+        report = Report(environment, complete, tuple(times), memory, tuple(shares))
+        output.keep(report)
+        return report
+
+    with_peer = importlib.util.find_spec("vllm") is not None
+    output.note(
+        "vLLM's manager beside ours" if with_peer else "vllm is not installed here: this manager alone"
+    )
+    memory = measure_memory()
     for batch in BATCHES:
-        note(f"decode steps of {batch} sequences")
+        output.note(f"decode steps of {batch} sequences")
         pool = batch * 64  # every sequence, and as many cached blocks
         managers: list[Manager] = [Pagedgen(pool, batch, 16_384)]
         if with_peer:
             managers.append(VLLM(pool, batch, 16_384))
         times += measure_steps(managers, batch, pool)
         times += measure_steps([Pagedgen(MILLION, batch, 16_384)], batch, MILLION)
+        keep()
     for pool in (16_384, MILLION):
-        note(f"8k prompts in {pool:,} blocks")
+        output.note(f"8k prompts in {pool:,} blocks")
         managers = [Pagedgen(pool, 64, 16_384)]
         if with_peer and pool != MILLION:
             managers.append(VLLM(pool, 64, 16_384))
         times += measure_prompts(managers, pool)
-    shares = []
+        keep()
     for path in traces:
-        note(f"trace {path.name}")
+        output.note(f"trace {path.name}")
         shares.append(measure_trace(path, requests, 1 << 18))
-    command = command or " ".join(["pagedgen bench --suite manager", *(f"--trace {p.name}" for p in traces)])
-    return Report(_environment(command), tuple(times), memory, tuple(shares))
+        keep()
+    return keep(complete=True)
 
 
 def table(report: Report) -> str:
@@ -379,10 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     traces = " ".join(f"--trace {path.name}" for path in options.trace)
     command = f"python -m pagedgen.autotune.suites.manager {traces}".strip()
-    report = run(lambda line: print(line, file=sys.stderr), options.trace, options.requests, command)
+    output = Output(lambda line: print(line, file=sys.stderr), options.json)
+    report = run(output, options.trace, options.requests, command)
     print("\n".join(report.lines()))
-    if options.json:
-        report.save(options.json)
     if options.markdown:
         options.markdown.write_text("# Block manager\n\n" + table(report), encoding="utf-8")
     return 1 if broken_limits(report) else 0

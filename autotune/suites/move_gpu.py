@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from pagedgen.autotune.binaries import BinaryCache, compile_all, compile_one
+from pagedgen.autotune.binaries import BinaryCache, compile_all
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.measure import (
     MAX_CALLS,
@@ -27,14 +27,12 @@ from pagedgen.autotune.measure import (
     Clock,
     Turns,
     Verified,
-    gate_variant,
     last_level_cache_bytes,
 )
-from pagedgen.autotune.suites import Note
-from pagedgen.autotune.suites.contest import Contender, contest, pick
-from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.autotune.suites.contest import Contender, contest, pick, prove_all, proved
+from pagedgen.autotune.suites.output import Output
+from pagedgen.autotune.suites.report import Case, Draft, Report, Row
 from pagedgen.autotune.tune import MEASURE_S, Workshop
-from pagedgen.compiler.link import link
 from pagedgen.compiler.render import render
 from pagedgen.compiler.space import feasible
 from pagedgen.errors import DeviceMissing, PagedgenError
@@ -334,8 +332,8 @@ def by_pdl(schedule: Schedule) -> bool:
     return dict(schedule.choices).get("pdl") == 1
 
 
-def run(note: Note) -> Report:
-    """All cases, on the first GPU.
+def run(output: Output) -> Report:
+    """All cases that are wanted, on the first GPU.
 
     Raises:
         DeviceMissing: there is none.
@@ -343,24 +341,28 @@ def run(note: Note) -> Report:
     target = gpu_target()
     if not device_of(target).present:
         raise DeviceMissing("move-gpu: a CUDA GPU is needed")
-    todo = jobs()
+    todo = output.chosen(jobs())
+    draft = Draft("move-gpu", target, len(todo), output)
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        sources = dict.fromkeys(
-            render(job.spec, target, schedule)
+        kernels = dict.fromkeys(
+            (job.spec, schedule)
             for job in todo
             for schedule in (pick(job.spec, target, job.workload).schedule, *candidates(job, target))
         )
-        note(f"move-gpu: compiling {len(sources)} kernels")
-        list(compile_all(tuple(sources), shop.pool, BinaryCache()))
-        cases = []
+        output.note(f"move-gpu: compiling and proving {len(kernels)} kernels")
+        list(compile_all([render(s, target, schedule) for s, schedule in kernels], shop.pool, BinaryCache()))
+        prove_all(kernels, target, "cuda", Path(folder))
         for number, job in enumerate(todo, 1):
-            cases.append(_case(job, target, Path(folder), shop))
-            summaries = cases[-1].summaries()
+            case = _case(job, target, Path(folder), shop)
+            draft.add(case)
+            summaries = case.summaries()
             times = [f"{s.median_us:,.1f} us ({s.roofline_share:.0%})" for s in summaries[:1]]
             best = min((s for s in summaries if s.samples_us), key=lambda s: s.median_us, default=None)
             best_is = "" if best is None else f"; best {best.contender}: {best.median_us:,.1f} us"
-            note(f"move-gpu {number}/{len(todo)}: {job.name}: {summaries[0].failure or times[0]}{best_is}")
-    return Report.of("move-gpu", target, cases, (NOTE, SWAP_NOTE))
+            output.note(
+                f"move-gpu {number}/{len(todo)}: {job.name}: {summaries[0].failure or times[0]}{best_is}"
+            )
+    return draft.finish((NOTE, SWAP_NOTE))
 
 
 def _case(job: Job, target: Target, folder: Path, shop: Workshop) -> Case:
@@ -410,10 +412,9 @@ _loaded: dict[Path, Library] = {}
 
 
 def _library(spec: KernelSpec, target: Target, schedule: Schedule, folder: Path) -> Library:
-    """A library of one schedule that has passed the gate; linked and gated once, for all cases."""
-    path = folder / f"{spec.name}-{schedule.hash}.so"
+    """A library of one schedule that has passed the gate; loaded once, for all cases."""
+    path, verdict = proved(spec, target, schedule, "cuda", folder)
+    Verified(0, schedule, verdict)
     if path not in _loaded:
-        link([compile_one(spec, target, schedule)], (), path)
-        Verified(0, schedule, gate_variant(path, spec, 0, "cuda", 0))
         _loaded[path] = Library(path)
     return _loaded[path]

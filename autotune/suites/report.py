@@ -15,6 +15,7 @@ import pagedgen
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.paths import publish
 from pagedgen.autotune.race import quantile
+from pagedgen.autotune.suites.output import Output
 from pagedgen.values import codec
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
@@ -173,30 +174,18 @@ class CaseData:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A suite's result."""
+    """A suite's result, or what there is of it while it runs.
+
+    ``complete``: all of the ``planned`` cases are there, and what is said of them together in the notes. A
+    file that is not was left by a run that is under way or was cut off; its cases are as good as any.
+    """
 
     suite: str
     environment: Environment
+    complete: bool
+    planned: int
     cases: tuple[CaseData, ...]
     notes: tuple[str, ...] = ()  # what was left out and why; figures that are quoted, not measured
-
-    @classmethod
-    def of(cls, suite: str, target: Target, cases: Sequence[Case], notes: Sequence[str] = ()) -> Report:
-        """A report of cases, stamped here and now."""
-        data = tuple(
-            CaseData(
-                case.name,
-                case.spec,
-                case.workload.name,
-                case.workload.num_seqs,
-                case.workload.num_tokens,
-                case.read_gbs,
-                case.summaries(),
-                case.matmul_tflops,
-            )
-            for case in cases
-        )
-        return cls(suite, Environment.here(target), data, tuple(notes))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all.
@@ -227,6 +216,46 @@ class Report:
                     f"  {row.contender:24} {row.median_us:12,.1f} us{rate}{share}{ratio}  {row.detail}"
                 )
         return [*lines, *self.notes]
+
+
+class Draft:
+    """A report in the making: kept after every case, complete at the end."""
+
+    def __init__(self, suite: str, target: Target, planned: int, output: Output) -> None:
+        self._suite, self._planned, self._output = suite, planned, output
+        self._environment = Environment.here(target)  # the date is the start's
+        self._cases: list[CaseData] = []
+        self._notes = (f"only cases with {' or '.join(output.wanted)}",) if output.wanted else ()
+
+    def add(self, case: Case) -> None:
+        """A finished case.
+
+        Raises:
+            CacheUnwritable: the file cannot be written.
+        """
+        self._cases.append(
+            CaseData(
+                case.name,
+                case.spec,
+                case.workload.name,
+                case.workload.num_seqs,
+                case.workload.num_tokens,
+                case.read_gbs,
+                case.summaries(),
+                case.matmul_tflops,
+            )
+        )
+        self._output.keep(self._report(complete=False))
+
+    def finish(self, notes: Sequence[str] = ()) -> Report:
+        """The report of all cases."""
+        report = self._report(complete=True, notes=notes)
+        self._output.keep(report)
+        return report
+
+    def _report(self, complete: bool, notes: Sequence[str] = ()) -> Report:
+        cases, every = tuple(self._cases), (*self._notes, *notes)
+        return Report(self._suite, self._environment, complete, self._planned, cases, every)
 
 
 def _flops(tflops: float) -> str:

@@ -15,10 +15,19 @@ from pathlib import Path
 
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.roofline import gpu_read_gbs
-from pagedgen.autotune.suites import Note
 from pagedgen.autotune.suites.contest import contest, ours
-from pagedgen.autotune.suites.decode_gpu import BF16, E4M3, F16, Job, compile_picks, spec_of
-from pagedgen.autotune.suites.report import Case, Report, Row
+from pagedgen.autotune.suites.decode_gpu import (
+    BF16,
+    E4M3,
+    F16,
+    Job,
+    Picks,
+    compile_picks,
+    prove_picks,
+    spec_of,
+)
+from pagedgen.autotune.suites.output import Output
+from pagedgen.autotune.suites.report import Case, Draft, Report, Row
 from pagedgen.autotune.tune import MEASURE_S, Workshop
 from pagedgen.errors import DeviceMissing, PagedgenError
 from pagedgen.values.spec import KernelSpec, Op
@@ -67,8 +76,8 @@ def contenders_of(job: Job) -> tuple[tuple[str, KernelSpec, Workload], ...]:
     return tuple(found)
 
 
-def run(note: Note) -> Report:
-    """All cases, on the first GPU.
+def run(output: Output) -> Report:
+    """All cases that are wanted, on the first GPU.
 
     Raises:
         DeviceMissing: there is none.
@@ -76,41 +85,46 @@ def run(note: Note) -> Report:
     target = gpu_target()
     if not device_of(target).present:
         raise DeviceMissing("verify-gpu: a CUDA GPU is needed")
-    todo = jobs()
+    todo = output.chosen(jobs())
+    draft = Draft("verify-gpu", target, len(todo), output)
     timed = [
         Job(name, spec, workload, ROUNDS, with_peers=False)
         for job in todo
         for name, spec, workload in contenders_of(job)
     ]
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        compile_picks(timed, target, shop, note)
+        picks = compile_picks(timed, target, shop, output.note)
+        prove_picks(picks, target, Path(folder), output.note)
         read_gbs: tuple[float, ...] = (shop.worker.call(gpu_read_gbs, timeout_s=MEASURE_S),)
-        cases = []
         for number, job in enumerate(todo, 1):
-            cases.append(_case(job, target, Path(folder), shop, read_gbs))
+            case = _case(job, target, Path(folder), shop, read_gbs, picks)
+            draft.add(case)
             times = [
                 f"{row.contender} {row.failure or f'{row.median_us:,.1f} us'} ({row.speed_ratio:.2f})"
-                for row in cases[-1].summaries()
+                for row in case.summaries()
             ]
-            note(f"verify-gpu {number}/{len(todo)}: {job.name}: {', '.join(times)}")
-    return Report.of("verify-gpu", target, cases)
+            output.note(f"verify-gpu {number}/{len(todo)}: {job.name}: {', '.join(times)}")
+    return draft.finish()
 
 
-def _case(job: Job, target: Target, folder: Path, shop: Workshop, read_gbs: Sequence[float]) -> Case:
+def _case(
+    job: Job, target: Target, folder: Path, shop: Workshop, read_gbs: Sequence[float], picks: Picks
+) -> Case:
+    chosen = {(s, w): picks[s, w] for _, s, w in contenders_of(job) if (s, w) in picks}
     try:
-        rows = shop.worker.call(_contest, job, target, folder, timeout_s=2 * MEASURE_S)
+        rows = shop.worker.call(_contest, job, target, folder, chosen, timeout_s=2 * MEASURE_S)
     except PagedgenError as error:
         shop.worker.kill()  # whatever it was, the next case gets a clean CUDA context
         rows = (Row(DECODE, (), job.workload.kv_bytes(job.spec), "", f"{type(error).__name__}: {error}"),)
     return Case(job.name, job.spec, job.workload, rows, tuple(read_gbs))
 
 
-def _contest(job: Job, target: Target, folder: Path) -> tuple[Row, ...]:
+def _contest(job: Job, target: Target, folder: Path, picks: Picks) -> tuple[Row, ...]:
     """One case, in the worker; a row for each contender, in their order."""
     contenders, rows = [], {}
     for name, spec, workload in contenders_of(job):
         try:
-            found = ours(spec, target, workload, "cuda", folder, name)
+            found = ours(spec, target, workload, "cuda", folder, name, picks.get((spec, workload)))
         except PagedgenError as error:
             rows[name] = Row(name, (), workload.kv_bytes(spec), "", f"{type(error).__name__}: {error}")
         else:

@@ -515,7 +515,16 @@ def verify(
 def bench(
     suite: Annotated[str | None, typer.Option(metavar="NAME", help="Default: list the suites.")] = None,
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Every sample and the environment.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Every sample and the environment, anew after every case."
+        ),
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--case", "-k", metavar="TEXT", help="Only cases named so, or in part. May be repeated."
+        ),
     ] = None,
     trace: Annotated[
         list[Path] | None,
@@ -532,11 +541,12 @@ def bench(
     \b
       [b]pagedgen bench[/]
       [b]pagedgen bench[/] --suite decode-cpu --json decode-cpu.json
+      [b]pagedgen bench[/] --suite decode-gpu --case 32x8192 --json rows.json
       [b]pagedgen bench[/] --suite manager --trace lengths.csv
     """
     from pagedgen.cli.bench import run
 
-    run(suite, json, trace or ())
+    run(suite, json, trace or (), case or ())
 
 
 @app.command()

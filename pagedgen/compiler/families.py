@@ -40,9 +40,10 @@ MODULES = {
 }
 
 
-# Beside its own files, what decides about kernels of a family, by its kind.
+# Beside its own files, what decides about kernels of a family, by its kind: how they are compiled, what is
+# refused of that (a kernel kept from before a check was changed is looked through again), and the launcher.
 BESIDE = {
-    "cuda": (HERE / "triton.py", TEMPLATES / "launcher" / "gpu.cc.j2"),
+    "cuda": (HERE / "triton.py", HERE / "sass.py", TEMPLATES / "launcher" / "gpu.cc.j2"),
     "cpu": (HERE / "tvm.py", TEMPLATES / "launcher" / "cpu.cc.j2"),
 }
 

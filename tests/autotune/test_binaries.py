@@ -12,6 +12,7 @@ from pagedgen.autotune import binaries as module
 from pagedgen.autotune.binaries import BinaryCache, Compiled, compile_all
 from pagedgen.autotune.worker import Done, WorkerLost
 from pagedgen.compiler.binary import Binary, Source
+from pagedgen.compiler.families import template_hash
 from pagedgen.errors import CompileError
 from pagedgen.values.record import Resources
 from pagedgen.values.schedule import Schedule
@@ -58,6 +59,19 @@ def test_a_binary_of_other_compiler_options_is_a_miss(cache: BinaryCache, monkey
     cache.put(source(), COMPILER, binary(source()))
     monkeypatch.setattr("pagedgen.autotune.binaries.template_hash", lambda family: "after an edit")
     assert cache.get(source(), COMPILER) is None
+
+
+@pytest.mark.parametrize("name", ["triton.py", "sass.py"])
+def test_a_binary_that_another_check_let_through_is_a_miss(cache: BinaryCache, monkeypatch, name) -> None:
+    """What is refused of compiled kernels counts as the compiler's options do."""
+    cache.put(source(), COMPILER, binary(source()))
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == name))
+    template_hash.cache_clear()
+    assert cache.get(source(), COMPILER) is None
+    monkeypatch.undo()
+    template_hash.cache_clear()
+    assert cache.get(source(), COMPILER) is not None
 
 
 def test_spills_and_errors_are_kept_as_what_they_are(cache: BinaryCache) -> None:

@@ -30,7 +30,7 @@ from pagedgen.autotune.suites.block_sizes_gpu import (
 from pagedgen.autotune.suites.contest import Contender
 from pagedgen.compiler.space import is_legal
 from pagedgen.compiler.verify import reference
-from pagedgen.errors import CompileError, DeviceMissing
+from pagedgen.errors import CompileError, DeviceMissing, InvalidValue
 from pagedgen.values.record import Status
 from pagedgen.values.spec import DType, KernelSpec, KInner, Op
 from pagedgen.values.target_table import target
@@ -186,6 +186,7 @@ def test_from_kernels_to_the_explorer(tmp_path, monkeypatch):
     noted: list[str] = []
     report = run_suite("block-sizes-gpu", tmp_path / "t.json", noted.append)
     assert KernelTimings.load(tmp_path / "t.json") == report and report.read_gbs == 3000
+    assert (report.complete, report.done, report.planned) == (True, len(groups()), len(groups()))
     assert report.environment.target == "h100-sxm"
     assert report.notes == tuple(
         f"decode, head_dim 64, 32/8 heads, {kv}, 256x1024: WorkerLost: the process died"
@@ -203,6 +204,10 @@ def test_from_kernels_to_the_explorer(tmp_path, monkeypatch):
     expected = statistics.geometric_mean(flops) / 116e-6 / (h100.f16_tflops * 1e12)
     assert report.matmul_share(extend, h100) == pytest.approx(expected)
     assert report.matmul_share(replace(extend, head_dim=256), h100) is None
+    with pytest.raises(InvalidValue, match=r"29 of 30 groups of kernels.*was cut off"):
+        kernel_time(spec, h100, 64, 4096, replace(report, complete=False, done=29, planned=30))
+    chosen = run_suite("block-sizes-gpu", None, print, cases=["decode, head_dim 128, 16/2"])
+    assert {row.spec.num_q_heads for row in chosen.rows} == {16} and chosen.planned == len(BATCHES)
     assert "head_dim 64" in noted[0] and any("block size 1" in line for line in noted)
     assert any("failed" in line for line in report.lines())
 

@@ -67,12 +67,12 @@ def test_table_and_limits() -> None:
             samples.append(manager.Samples(operation, Pagedgen.name, pool, (10.0, 12.0), (20.0,)))
     environment = manager.Environment("command", "2026-01-01", "a CPU", 2, "3.11", "2.0")
     memory = manager.Memory(manager.MILLION, 40_000_000, 50_000_000)
-    report = manager.Report(environment, tuple(samples), memory, ())
+    report = manager.Report(environment, True, tuple(samples), memory, ())
     assert manager.broken_limits(report) == []
     assert "| 8k prompt: fork | 30 | 11 (10) | 37% | 20 | 11 (10) | - |" in manager.table(report)
     slow = manager.Samples("8k prompt: fork", Pagedgen.name, 100, (31.0,), ())
     heavy = manager.Memory(manager.MILLION, 65_000_000, 1)
-    assert len(manager.broken_limits(manager.Report(environment, (slow,), heavy, ()))) == 2
+    assert len(manager.broken_limits(manager.Report(environment, True, (slow,), heavy, ()))) == 2
 
 
 def test_a_short_run_of_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:

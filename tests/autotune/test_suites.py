@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pagedgen.autotune.binaries import Compiled
+from pagedgen.autotune.select import ANY, Selection
 from pagedgen.autotune.suites import (
     SUITES,
+    decode_gpu,
     extend_cpu,
     invariant_gpu,
     move_gpu,
@@ -19,15 +26,22 @@ from pagedgen.autotune.suites import (
     run_suite,
     verify_gpu,
 )
-from pagedgen.autotune.suites.contest import Contender, contest, pick
+from pagedgen.autotune.suites import contest as contest_module
+from pagedgen.autotune.suites.contest import Contender, contest, ours, pick, prove_all, proved
 from pagedgen.autotune.suites.decode_gpu import GRID_WORKLOAD, grid, rows
-from pagedgen.autotune.suites.report import Case, Report, Row
-from pagedgen.compiler.space import default_schedule
+from pagedgen.autotune.suites.output import Output
+from pagedgen.autotune.suites.report import Case, Draft, Report, Row
+from pagedgen.autotune.worker import Done
+from pagedgen.compiler.binary import Source
+from pagedgen.compiler.space import default_schedule, near_default
 from pagedgen.compiler.verify import make_inputs
 from pagedgen.compiler.verify_write import turn
-from pagedgen.errors import CompileError, DeviceMissing, GateFailure, UnknownName
+from pagedgen.errors import CompileError, DeviceMissing, GateFailure, InvalidValue, UnknownName
 from pagedgen.runtime.kv_cache import store
 from pagedgen.runtime.merge import merge
+from pagedgen.values.manifest import Rule
+from pagedgen.values.record import Status, Verdict
+from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
@@ -52,16 +66,192 @@ def test_ratios_and_shares_are_taken_round_by_round() -> None:
     assert first.samples_us == ours.samples_us
 
 
+def report_of(case: Case, json_path: Path | None = None) -> Report:
+    """A made-up suite's report of one case."""
+    draft = Draft("made-up", target("cpu"), 1, Output(lambda line: None, json_path))
+    draft.add(case)
+    return draft.finish(["a note"])
+
+
 def test_a_report_is_json_with_raw_samples_and_reads_as_a_table(tmp_path: Path) -> None:
     row = Row("pagedgen", (100.0, 120.0), 1_000_000)
-    report = Report.of("made-up", target("cpu"), [Case("case", SPEC, WORKLOAD, (row,), (20.0,))], ["a note"])
-    report.save(tmp_path / "report.json")
+    report = report_of(Case("case", SPEC, WORKLOAD, (row,), (20.0,)), tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text())
+    assert (data["complete"], data["planned"], len(data["cases"])) == (True, 1, 1)
     assert data["cases"][0]["rows"][0]["samples_us"] == [100.0, 120.0]
     assert data["environment"]["device"] and data["environment"]["threads"] >= 1
     assert {name for name, _ in data["environment"]["packages"]} >= {"torch", "numpy"}
     assert any("pagedgen" in line and "110.0 us" in line for line in report.lines())
     assert report.lines()[-1] == "a note"
+
+
+INTERRUPTED = """
+import sys
+import time
+from pagedgen import cli
+from pagedgen.autotune.suites import extend_cpu
+from pagedgen.autotune.suites.contest import Contender
+
+class Clock:
+    def warm(self):
+        pass
+    def sample(self):
+        return 5.0
+
+def third(*job):
+    if job[0] != extend_cpu.jobs()[2].spec:
+        return Contender("pagedgen", Clock(), 100)
+    print("third", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+extend_cpu.ours = third
+extend_cpu.peers_extend_cpu.peers = lambda *a: []
+extend_cpu.matmul_tflops = lambda: 0.0
+sys.argv = ["pagedgen", "bench", "--suite", "extend-cpu", "--json", sys.argv[1]]
+cli.main()
+"""
+
+
+def test_a_suite_that_is_ended_leaves_its_finished_cases(tmp_path) -> None:
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-c", INTERRUPTED, str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while process.stderr.readline() != "third\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 143
+    data = json.loads(path.read_text())
+    assert (data["complete"], data["planned"]) == (False, len(extend_cpu.jobs()))
+    assert [case["name"] for case in data["cases"]] == [job.name for job in extend_cpu.jobs()[:2]]
+    assert data["cases"][1]["rows"][0]["samples_us"] == [5.0] * extend_cpu.ROUNDS
+    assert list(tmp_path.iterdir()) == [path]
+    assert f"cut off; what was finished is in {path}" in said.replace("\n", "")
+
+
+def test_a_suite_that_is_interrupted_says_where_its_finished_cases_are(tmp_path, monkeypatch) -> None:
+    """Those alone: before the first case ends, what an earlier run left in the file stays."""
+    path, said, ends = tmp_path / "report.json", [], []
+    path.write_text("an earlier run's")
+
+    def ours(*job: object) -> Contender:
+        if len(ends) == broken:
+            raise KeyboardInterrupt
+        ends.append(job)
+        return Contender("pagedgen", FakeClock(5.0, []), 100)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(extend_cpu, "ours", ours)
+    monkeypatch.setattr(peers_extend_cpu, "peers", lambda *a: [])
+    monkeypatch.setattr(extend_cpu, "matmul_tflops", lambda: 0.0)
+    for broken in (0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            run_suite("extend-cpu", path, said.append)
+        if broken == 0:
+            assert path.read_text() == "an earlier run's" and not any("cut off" in line for line in said)
+    assert len(json.loads(path.read_text())["cases"]) == 2
+    assert said[-1] == f"extend-cpu was cut off; what was finished is in {path}"
+
+
+def test_cases_can_be_chosen_by_a_part_of_their_names(tmp_path, monkeypatch) -> None:
+    clock = FakeClock(5.0, [])
+    monkeypatch.setattr(extend_cpu, "ours", lambda *a: Contender("pagedgen", clock, 100))  # type: ignore[arg-type]
+    monkeypatch.setattr(peers_extend_cpu, "peers", lambda *a: [])
+    monkeypatch.setattr(extend_cpu, "matmul_tflops", lambda: 0.0)
+    found = run_suite("extend-cpu", tmp_path / "a.json", print, cases=["Window", "chunks, f32"])
+    assert [case.name for case in found.cases] == ["chunks, f32", "prompt in a window, f32"]
+    assert (found.complete, found.planned) == (True, 2)
+    assert found.notes[0] == "only cases with Window or chunks, f32"
+    with pytest.raises(UnknownName, match="unknown case 'verify'; known: prompt, f32, prompt, bf16"):
+        run_suite("extend-cpu", None, print, cases=["window", "verify"])
+    with pytest.raises(InvalidValue, match="load has no cases"):
+        run_suite("load", None, print, cases=["call"])
+
+
+class Here:
+    """A pool that is this process."""
+
+    def __init__(self, *_: object) -> None:
+        self.pool = self
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, function, arguments, timeout_s):
+        for argument in arguments:
+            try:
+                yield Done(argument, function(argument))
+            except CompileError as error:
+                yield Done(argument, error=error)
+
+
+def test_kernels_are_proved_once_for_a_run(tmp_path, monkeypatch) -> None:
+    """Libraries and verdicts are left for the cases; what does not compile is left to its case."""
+    h100, gated = target("h100"), []
+
+    def compile_one(spec, target, schedule):
+        if schedule["tile"] == 17:
+            raise CompileError("no")
+        return schedule
+
+    def gate_variant(library, spec, *_):
+        gated.append(library)
+        return Verdict(library.read_text() == "64", 4, 0.1, 0.2, 0)
+
+    monkeypatch.setattr(contest_module, "Pool", Here)
+    monkeypatch.setattr(contest_module, "compile_one", compile_one)
+    monkeypatch.setattr(
+        contest_module, "link", lambda binaries, _, out: out.write_text(str(binaries[0]["tile"]))
+    )
+    monkeypatch.setattr(contest_module, "Library", lambda path: None)
+    monkeypatch.setattr(contest_module, "gate_variant", gate_variant)
+    monkeypatch.setattr(contest_module, "device_works", lambda device: None)
+    right, wrong, absent = (Schedule.of("triton-decode", tile=tile) for tile in (64, 32, 17))
+    prove_all([(SPEC, s) for s in (right, wrong, absent, right)], h100, "cuda", tmp_path)
+    assert [library.read_text() for library in gated] == ["64", "32"]
+    proved.cache_clear()  # the cases run in another process
+    for schedule, passed in ((right, True), (wrong, False)):
+        library, verdict = proved(SPEC, h100, schedule, "cuda", tmp_path)
+        assert library.read_text() == str(schedule["tile"]) and verdict.passed is passed
+    assert len(gated) == 2
+    with pytest.raises(CompileError):
+        proved(SPEC, h100, absent, "cuda", tmp_path)
+    with pytest.raises(GateFailure):
+        ours(SPEC, h100, WORKLOAD, "cuda", tmp_path, chosen=contest_module.Pick(wrong, "candidate"))
+
+
+def test_picks_are_records_or_the_nearest_default_that_compiles(monkeypatch) -> None:
+    h100, tried = target("h100"), []
+    jobs = [job for job in rows() if job.workload in (Workload.uniform(1, 8192), Workload.uniform(32, 8192))]
+    odd, broken = replace(SPEC, head_dim=72), replace(SPEC, head_dim=40)
+    jobs += [replace(jobs[0], spec=spec) for spec in (odd, broken)]
+
+    def compile_all(sources, pool, cache):
+        for source in sources:
+            tried.append(source)
+            refused = source.spec == broken or source.schedule == default_schedule(odd, h100)
+            yield Compiled(source, None if refused else source)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decode_gpu, "compile_all", compile_all)
+    monkeypatch.setattr(decode_gpu, "recorded_selection", lambda spec, where: selections.get(spec))
+    short, long = (Schedule.of("triton-decode", tile=tile) for tile in (64, 128))
+    selections = {
+        job.spec: Selection(Status.MEASURED, (short, long), (Rule(1, 8192, 0), Rule(ANY, ANY, 1)), 0.0)
+        for job in jobs[:-2]
+    }
+    monkeypatch.setattr(decode_gpu, "render", lambda s, where, schedule: Source(s, where, schedule, ""))
+    picks = decode_gpu.compile_picks(jobs, h100, Here(), lambda line: None)  # type: ignore[arg-type]
+    for job in jobs[:-2]:
+        chosen = picks[job.spec, job.workload]
+        assert chosen.origin == "measured"
+        assert chosen.schedule == (short if job.workload.num_seqs == 1 else long)
+    second = near_default(odd, h100, 2)[1]
+    assert picks[odd, jobs[-2].workload] == contest_module.Pick(second, "default")
+    assert not any(spec == broken for spec, _ in picks)
+    assert sum(source.spec == broken for source in tried) == contest_module.NEAREST
 
 
 class FakeClock:
@@ -130,14 +320,14 @@ def test_verify_is_timed_beside_decode_of_the_same_kv() -> None:
 def test_a_verify_that_does_not_compile_is_a_row_and_others_are_timed(tmp_path, monkeypatch) -> None:
     log: list[float] = []
 
-    def ours(spec, target, workload, device, folder, name):
+    def ours(spec, target, workload, device, folder, name, chosen):
         if spec.tree_mask:
             raise CompileError("no")
         return Contender(name, FakeClock(30.0 if spec.op is Op.VERIFY else 20.0, log), 100, flops=7)  # type: ignore[arg-type]
 
     monkeypatch.setattr(verify_gpu, "ours", ours)
     job = verify_gpu.jobs()[0]
-    rows = verify_gpu._contest(job, target("h100"), tmp_path)
+    rows = verify_gpu._contest(job, target("h100"), tmp_path, {})
     first, second, third = Case("case", job.spec, job.workload, rows, (1.0,)).summaries()
     assert (first.contender, first.failure) == (verify_gpu.DECODE, "")
     assert (second.contender, second.speed_ratio) == (verify_gpu.LINE, 1.5)  # of decode's time
@@ -154,10 +344,10 @@ def test_invariant_kernels_are_timed_beside_the_free_one(tmp_path, monkeypatch) 
         f"{long}; waves 2": (14.0, 101.0),
     }
 
-    def ours(spec, target, workload, device, folder, name, schedule=None):
+    def ours(spec, target, workload, device, folder, name, chosen):
         if name not in {"free", *times}:
             raise CompileError("no")
-        assert spec.batch_invariant == (name != "free")
+        assert spec.batch_invariant == (name != "free") == (chosen is not None)
         time = free[workload.name] if name == "free" else times[name][workload.num_seqs > 1]
         return Contender(name, FakeClock(time, []), 100)  # type: ignore[arg-type]
 
@@ -167,7 +357,8 @@ def test_invariant_kernels_are_timed_beside_the_free_one(tmp_path, monkeypatch) 
     assert jobs[0].spec == jobs[1].spec and not jobs[0].spec.batch_invariant
     assert all(s["split"] == "fixed" for _, s in invariant_gpu.candidates(jobs[0].spec, h100))
     cases = [
-        Case(j.name, j.spec, j.workload, invariant_gpu._contest(j, h100, tmp_path), (1.0,)) for j in jobs
+        Case(j.name, j.spec, j.workload, invariant_gpu._contest(j, h100, tmp_path, None), (1.0,))
+        for j in jobs
     ]
     rows = {row.contender: row for row in cases[1].summaries()}
     assert rows[f"{short}; waves 1"].speed_ratio == pytest.approx(1.1)
@@ -310,10 +501,11 @@ def test_load_for_real(tmp_path, monkeypatch) -> None:
 
 
 def test_extend_on_a_cpu_is_timed_in_every_type_and_batch() -> None:
-    found = list(extend_cpu.jobs())
-    assert all(spec.op is Op.EXTEND for _, spec, _ in found)
-    assert {spec.kv_dtype for _, spec, w in found if w == extend_cpu.PROMPT} == set(DType) - {DType.FP8_E5M2}
-    assert {w for _, spec, w in found if spec.kv_dtype is DType.F32} >= {
+    found = extend_cpu.jobs()
+    assert all(job.spec.op is Op.EXTEND for job in found)
+    prompts = {job.spec.kv_dtype for job in found if job.workload == extend_cpu.PROMPT}
+    assert prompts == set(DType) - {DType.FP8_E5M2}
+    assert {job.workload for job in found if job.spec.kv_dtype is DType.F32} >= {
         extend_cpu.PROMPT, extend_cpu.CHUNKS, extend_cpu.MIXED,
     }  # fmt: skip
 
@@ -336,7 +528,7 @@ def test_what_peers_of_extend_compute_is_checked(kv: DType) -> None:
 def test_rates_of_a_cpu_read_in_gflops_and_peers_as_ratios() -> None:
     rows = (Row("pagedgen", (1e5,), 100, flops=15 * 10**9), Row("peer", (2e5,), 100, flops=15 * 10**9))
     case = Case("case", SPEC, WORKLOAD, rows, (), 0.2)
-    head, first, second = Report.of("made-up", target("cpu"), [case]).lines()
+    head, first, second, _ = report_of(case).lines()
     assert (
         "matmul 200.0 GFLOP/s" in head and "150.0 GFLOP/s   75%" in first and "x" not in first.split("%")[1]
     )

@@ -9,7 +9,7 @@ import pytest
 
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import BESIDE, family_for, template_hash
-from pagedgen.compiler.space import default_schedule, feasible
+from pagedgen.compiler.space import default_schedule, feasible, is_feasible, near_default
 from pagedgen.templates.triton.decode import addressing, block_h
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.workload import Workload
@@ -40,6 +40,24 @@ def test_every_feasible_schedule_addresses_its_blocks_legally(request, make_spec
         else:
             assert spec.block_size % tile
     assert default_schedule(spec, request.getfixturevalue(target)) in schedules
+
+
+@pytest.mark.parametrize("op", ["extend", "copy_blocks"])
+def test_the_nearest_to_the_default_are_those_of_the_whole_space(make_spec, h100, op):
+    spec = make_spec(heads=(8, 8), op=op)
+    fields = family_for(spec, h100).fields(spec, h100)
+
+    def distance(schedule):
+        return sum(abs(f.values.index(schedule[f.name]) - f.values.index(f.default)) for f in fields)
+
+    space = sorted(feasible(spec, h100), key=distance)
+    assert list(near_default(spec, h100, len(space) + 1)) == space
+    assert list(near_default(spec, h100, 5)) == space[:5] and default_schedule(spec, h100) == space[0]
+    assert is_feasible(spec, h100, space[-1])
+    name = fields[0].name
+    for choices in ({}, {name: 12345}, {"other": 1}):
+        changed = Schedule.of(space[0].template, **{**dict(space[0].choices), **choices})
+        assert is_feasible(spec, h100, changed) == (not choices)
 
 
 def test_space_is_complete(make_spec, h100):
@@ -119,7 +137,7 @@ def test_template_hash_follows_the_sources(make_spec, h100, tmp_path, monkeypatc
     monkeypatch.undo()
     launcher = tmp_path / "gpu.cc.j2"
     launcher.write_text("another launcher\n")
-    monkeypatch.setitem(BESIDE, "cuda", (BESIDE["cuda"][0], launcher))
+    monkeypatch.setitem(BESIDE, "cuda", (*BESIDE["cuda"][:-1], launcher))
     template_hash.cache_clear()
     assert template_hash(family) != before
     monkeypatch.undo()

@@ -77,11 +77,12 @@ def test_compiled_cpu_kernels_are_right(part, cpu_target, tmp_path, request):
 
 @pytest.mark.parametrize("name", ["h100", "cpu"])
 def test_draws_reach_all_that_a_family_covers(name):
-    """Every mask, odd blocks, wide ratios, each in some of 150 draws; and schedules vary."""
+    """Every mask, odd blocks, wide ratios, and every choice of code, each in some of the draws."""
     to = target(name)
     for op in ops_for(to):
         family = family_of(op, to)
-        specs = [spec_of(Random(f"{op} {i}"), op, to, MEDIUM) for i in range(150)]
+        count = 150 if op in ATTENTION else 100
+        specs = [spec_of(Random(f"{op} {i}"), op, to, MEDIUM) for i in range(count)]
         if op in ATTENTION:
             assert {mask for spec in specs for mask in spec.masks} == set(family.masks)
             assert {spec.return_lse for spec in specs} == {False, True}
@@ -89,6 +90,10 @@ def test_draws_reach_all_that_a_family_covers(name):
             assert len({spec.group_size for spec in specs}) >= 8
             assert any(spec.kv_dtype.is_fp8 for spec in specs)
         assert len({schedule_of(Random(i), specs[0], to) for i in range(20)}) >= 5
+        chosen = {c for i, spec in enumerate(specs) for c in schedule_of(Random(i), spec, to).choices}
+        fields = {field for spec in specs[:30] for field in family.fields(spec, to)}
+        code = {(f.name, v) for f in fields for v in f.values if isinstance(v, str) or f.name == "pdl"}
+        assert code <= chosen
         if op in FIXED:
             continue
         assert {1, 528, 544, 1024} <= {spec.block_size for spec in specs}

@@ -16,7 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation: what lies beside it is seen
+if __name__ == "__main__":  # every tensor an allocation: what lies beside it is seen
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -83,6 +84,7 @@ def schedules(spec: KernelSpec, to: Target) -> tuple[Schedule, ...]:
     others = [
         {"split": "even", "pdl": 1},
         {"split": "walk"},
+        {"split": "walk", "pdl": 2, "waves": 2},
         {"num_warps": 4},
         {"num_warps": 8},
         {"prefetch_ids": 0, "tile": 32},
