@@ -12,8 +12,8 @@ from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
-# Programs that share a sequence. An H100 has room for too few clusters of 16 at once (1 x 8k took 24 us in fp16, not 18);
-# 2 and 4 win up to 10% where all of 8 or 4 sequences are as long, and leave one long among them to 2 or 4 programs.
+# Programs that share a sequence. An H100 has room for too few clusters of 16 at once (1 x 8k took 24 us in
+# fp16, not 18); of 2 and 4, a long sequence among short ones would be left to that many programs a KV head.
 CLUSTER = 8
 CLUSTER_MERGES = 6  # parts whose merging through global memory takes as long as a cluster's: a guess
 TRITON_TYPES = {DType.F16: "tl.float16", DType.BF16: "tl.bfloat16", DType.F32: "tl.float32"}
@@ -254,7 +254,7 @@ class TritonDecode(Family):
         """How a batch is shared out; where bits may not follow from it, how a sequence is split."""
         meaning = "how a batch is shared out among programs"
         splits: tuple[Choice, ...] = ("pieces", "even", "walk")
-        # came with sm_90; another ten thousand schedules to choose from would not pay where a product is 64 rows high
+        # clusters came with sm_90; a warp has 32 rows of accumulators at most
         if target.kind == "cuda" and target.capability >= 90 and block_h(spec) <= 32:
             splits += ("cluster",)
         if not spec.batch_invariant:
@@ -325,8 +325,8 @@ class TritonDecode(Family):
                     cluster < 1,
                     sympy.And(warps >= 2, rows <= 32, tile * sympy.Symbol("row_bytes") > 512 * warps**2),
                 ),
-                "several warps have tokens of their own, and products of one warp at most 32 rows; a warp has more "
-                "tokens than all together copy at once, else Triton lays the rows it reads in the same banks",
+                "several warps have tokens of their own, and products of one warp at most 32 rows; a warp has "
+                "more tokens than all copy at once, else Triton lays the rows it reads in the same banks",
             ),
             Constraint(
                 "wgmma",

@@ -210,7 +210,7 @@ def test_a_cluster_is_a_launch_s_and_leaves_other_launchers_alone(make_spec, gpu
     clusters = gpu_binary(spec, split="cluster", num_warps=2, tile=64, waves=1)
     source = assemble([gpu_binary(spec), clusters], ALL).source
     assert "{kClusterDimension, {static_cast<int>(variant.cluster), 1, 1}}" in source
-    # a box of 16 warps' results: 4 rows of 16 columns, m and l; and shared memory of both kinds is what is asked for
+    # a box of 16 warps' results: 4 rows of 16 columns, m and l; shared memory of both kinds is asked for
     assert f", 8, {16 * 4 * 18 * 4 // 1024 * 1024 + 1024}}}," in source
     assert source.count("variant.smem_bytes + variant.box_bytes") == 3
     assert "luster" not in assemble([gpu_binary(spec)], ALL).source

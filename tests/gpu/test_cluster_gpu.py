@@ -1,4 +1,4 @@
-"""Decode merged within clusters (``split`` cluster), on a real GPU: what runs there alone, since it is inline assembly."""
+"""Decode merged within clusters (``split`` cluster), on a real GPU: its assembly runs nowhere else."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPECS = (
 
 
 def schedules(spec: KernelSpec) -> tuple[Schedule, ...]:
-    """Merged in a cluster, waiting for the kernel before it (``pdl`` 1) or looking ahead (2); and as by default."""
+    """Merged in a cluster, ``pdl`` 1 and 2; and the default."""
     to = target(NAMES[torch.cuda.get_device_capability()])
     default = default_schedule(spec, to)
     fields = {"split": "cluster", "waves": 1, "merge": 32, "tile": 64, "num_warps": 2, "num_stages": 3}

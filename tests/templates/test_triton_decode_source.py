@@ -179,7 +179,7 @@ def test_programs_of_a_cluster_are_sent_results_once(make_spec, h100, kv):
     assert ptx.count("barrier.cluster.arrive.release.aligned") == 1  # behind it, nobody's memory is written
     found = [s for s in feasible(spec, h100) if s["split"] == "cluster"]
     assert {s["num_warps"] for s in found} == {2, 4}
-    # of rows of 128 bytes, four warps copy 16 at once: with 16 tokens each, those of a warp lie in the same banks
+    # of rows of 128 bytes four warps copy 16 at once: with 16 tokens each, a warp's lie in the same banks
     assert {s["tile"] for s in found if s["num_warps"] == 4} == ({128} if kv == "fp8_e4m3" else {64, 128})
     assert {s["waves"] for s in found} == {s["merge"] // 32 for s in found} == {1}
 
