@@ -325,8 +325,8 @@ class TritonDecode(Family):
                     cluster < 1,
                     sympy.And(warps >= 2, rows <= 32, tile * sympy.Symbol("row_bytes") > 512 * warps**2),
                 ),
-                "several warps have tokens of their own, and products of one warp at most 32 rows; a warp has "
-                "more tokens than all copy at once, else Triton lays the rows it reads in the same banks",
+                "several warps have tokens of their own, and products of one warp 32 rows at most; a warp "
+                "has more tokens than all copy at once, else Triton lays the rows it reads in the same banks",
             ),
             Constraint(
                 "wgmma",
