@@ -17,8 +17,8 @@ from pagedgen.values.workload import Workload
 class TritonKVScales(TritonWriteKV):
     """The largest of some rows, read once in a cache's life: one program a scale, and no workspace.
 
-    One program has to read fast: a tile at a time, each waiting for its slots, 8,192 tokens of 8 heads took 2.8
-    ms on an H100.
+    One program has to read fast: a tile at a time, each waiting for its slots, 8,192 tokens of 8 heads took
+    2.8 ms on an H100.
     """
 
     name = "triton-kv-scales"
