@@ -249,6 +249,7 @@ class _Run:
         self.spec, self.target, self.workloads, self.plan, self.seed = spec, target, workloads, plan, seed
         self.database, self.tell, self.present = database, progress, present
         self.space = feasible(spec, target)
+        self.legal = frozenset(self.space)
         self.stamp: Stamp = stamp_of(target, compiler_version(target.kind), measured=present)
         self.found: Found | None = database.find(spec, target.name, self.stamp)
         self.searched = regimes(workloads)
@@ -410,10 +411,9 @@ class _Run:
         if self.found is None or not self.present:
             return
         times: dict[Schedule, dict[tuple[int, ...], Record]] = {}
-        legal = set(self.space)
         for record in self.found.entry.records:
             exact = record.status is Status.MEASURED and fit(record.stamp, self.stamp) is Fit.EXACT
-            if exact and record.schedule in legal:
+            if exact and record.schedule in self.legal:
                 times.setdefault(record.schedule, {})[record.workload.seq_lens] = record
         for schedule, row in times.items():
             if all(w.seq_lens in row for w in self.searched):
@@ -648,27 +648,33 @@ class _Run:
             raise
 
     def _finalists(self, outcomes: Sequence[Outcome]) -> list[Schedule]:
-        """The fastest over all workloads, and each workload's own fastest."""
+        """The fastest over all workloads, each workload's own fastest, and what is chosen on record.
+
+        What was chosen before may be fastest on a workload that candidates are not timed on while searching:
+        only where it is timed beside the others on all of them is the new choice no worse than the old one.
+        """
         timed = sorted((o for o in outcomes if o.time_us is not None), key=lambda o: o.time_us or 0.0)
         finalists = [o.schedule for o in timed[: self.plan.finalists]]
-        legal = {o.schedule for o in timed}
+        known = {o.schedule for o in timed}
         for workload in self.searched:
-            rows = [r for (s, w), r in self.records.items() if w == workload and s in legal]
+            rows = [r for (s, w), r in self.records.items() if w == workload and s in known]
             finalists += [r.schedule for r in sorted(rows, key=lambda r: r.time_us)[:1]]
+        if self.found is not None and self.found.entry.selection is not None:
+            finalists += [v for v in self.found.entry.selection.variants if v in self.legal]
         if self.simplify:
             finalists += self._simpler(finalists[:1])
         return list(dict.fromkeys(finalists))
 
     def _simpler(self, best: Sequence[Schedule]) -> list[Schedule]:
         """The best with one choice brought back to its default: as fast within the noise, it is preferred."""
-        defaults, legal = self._defaults(), set(self.space)
+        defaults = self._defaults()
         simpler = [
             replace(s, choices=tuple((n, defaults[n] if n == name else v) for n, v in s.choices))
             for s in best
             for name, value in s.choices
             if value != defaults[name]
         ]
-        return [s for s in simpler if s in legal][:SIMPLER]
+        return [s for s in simpler if s in self.legal][:SIMPLER]
 
     def _final(self, finalists: Sequence[Schedule]) -> tuple[Record, ...]:
         """Gate again on fresh inputs, then time all together on every workload, no halving."""

@@ -71,8 +71,6 @@ def timings(
     for choice in _nearest(database, spec, target):
         if len(found) == count:
             break
-        if choice.selection.status is Status.PREDICTED:
-            continue
         try:
             entry = read(choice.path)
         except MalformedFile:  # whoever needs this file will say what is wrong with it

@@ -21,6 +21,15 @@ CPU_LEVELS: dict[str, frozenset[str]] = {
 }
 
 
+def fast_bf16_dots(flags: frozenset[str]) -> bool:
+    """Whether vdpbf16ps forms twice the products of float32 FMAs in the same time.
+
+    A core of Zen 4 does: 235 against 118 GFLOP/s. On Sapphire Rapids it runs on one port where FMAs have two:
+    295 against 509. ``sse4a`` is a flag of AMD's processors alone.
+    """
+    return {"avx512_bf16", "sse4a"} <= flags
+
+
 @cache
 def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
     """Instruction-set flags of the first processor, as Linux names them; empty where they cannot be read."""

@@ -34,6 +34,7 @@ class Target:
     f16_tflops: float = 0.0  # dense, f16 and bf16 with float32 accumulation
     fp8_tflops: float = 0.0  # dense; 0 where there is no fp8 matrix instruction
     fp8_convert: bool = False  # has fp8 -> f16 conversion instructions (CUDA: sm_89 and newer)
+    fast_bf16_dots: bool = False  # vdpbf16ps forms twice the products of float32 FMAs in the same time
     source: str = ""
 
     def __post_init__(self) -> None:

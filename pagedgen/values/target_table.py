@@ -18,7 +18,7 @@ from typing import Any
 
 from pagedgen.errors import DeviceMissing, UnknownTarget, Unsupported
 from pagedgen.values import codec
-from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags
+from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags, fast_bf16_dots
 from pagedgen.values.target import Target
 
 
@@ -75,7 +75,15 @@ def cpu_target() -> Target:
     Raises:
         Unsupported: none of the levels that kernels are generated for; names what is missing.
     """
-    return Target("cpu", "cpu", best_level(cpu_flags()), num_cores(), source="detected on this machine")
+    flags = cpu_flags()
+    return Target(
+        "cpu",
+        "cpu",
+        best_level(flags),
+        num_cores(),
+        fast_bf16_dots=fast_bf16_dots(flags),
+        source="detected on this machine",
+    )
 
 
 def best_level(flags: frozenset[str]) -> str:

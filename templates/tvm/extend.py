@@ -18,9 +18,11 @@ from pagedgen.templates.tvm.vectors import (
     NOMINAL_GHZ,
     STORAGE,
     check_arch,
+    high_of,
     horner,
     interleave,
     largest,
+    low_of,
     symbol_of,
     token_inner,
 )
@@ -57,14 +59,18 @@ class TvmExtend(Family):
         """Tiles, register blocks, and the way products are formed."""
         level = LEVELS[target.arch]
         dots = ("f32", "bf16") if dot_allowed(spec, target) else ("f32",)
-        # Pairs double the products of an instruction, but not everywhere their rate: on Sapphire Rapids
-        # float32 gave 509 GFLOP/s, pairs 295. Tuning tells; the default is what loses nothing.
+        # Pairs double the products of an instruction, but not everywhere their rate.
         vectors = (1, 2, 3, 4)
         panels = tuple(n for n in (4, 8) if n < level.registers // 2)
         return (
             Field("tile", (32, 64, 128), 64, "tokens of K and V that are converted together"),
             Field("blocks", (1, 2, 4, 8), 8, "blocks of rows of a query tile, at most"),
-            Field("dot", dots, "f32", "products in float32 (FMA) or on bf16 pairs (vdpbf16ps)"),
+            Field(
+                "dot",
+                dots,
+                dots[-1] if target.fast_bf16_dots else "f32",
+                "products in float32 (FMA) or on bf16 pairs (vdpbf16ps)",
+            ),
             Field("vectors", vectors, 3, "vectors of rows of a block"),
             Field(
                 "k_rows",
@@ -220,12 +226,16 @@ class TvmExtend(Family):
             "R": shape.k_rows,
             "RV": shape.v_rows,
             "GRAIN": 2 * shape.k_rows,
-            "W": math.gcd(unit, shape.k_rows),
+            "U": unit,
+            "W": math.gcd(unit, max(shape.k_rows, shape.lanes)),
             "KL": math.gcd((2 if shape.dot else 1) * shape.lanes, spec.head_dim),
-            "VL": math.gcd(shape.v_rows, shape.lanes),
+            "VL": math.gcd(shape.v_dim, shape.lanes),
             "DL": math.gcd(shape.lanes, spec.v_dim),
             "poly": horner("x[i]"),
             "interleave": interleave,
+            "turns": [1 << n for n in range(shape.lanes.bit_length() - 1)],
+            "low_of": low_of,
+            "high_of": high_of,
             "dot_lanes": [shape.lanes],
             "tree": [],
             "table": {},

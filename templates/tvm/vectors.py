@@ -56,6 +56,16 @@ def interleave(first: int, second: int, count: int) -> list[int]:
     return [start + i for i in range(count) for start in (first, second)]
 
 
+def low_of(distance: int, lanes: int) -> list[int]:
+    """Shuffle indices of a stage of turning ``lanes`` x ``lanes`` elements: row r, of it and r + distance."""
+    return [i if i & distance == 0 else lanes + i - distance for i in range(lanes)]
+
+
+def high_of(distance: int, lanes: int) -> list[int]:
+    """The same stage's row r + distance."""
+    return [i + distance if i & distance == 0 else lanes + i for i in range(lanes)]
+
+
 def sum_tree(lanes: int) -> list[tuple[list[int], list[int]]]:
     """Shuffle indices, low and high, of every level of the tree that sums ``lanes`` vectors of ``lanes``.
 

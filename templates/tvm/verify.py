@@ -54,7 +54,6 @@ class TvmVerify(TvmExtend):
             **super().context(spec, target, schedule),
             "A": schedule.int("ahead") == 1,
             "STATE": shape.state,
-            "U": unit,
             "LINE": LINE_BYTES // element,
             "LINES": -(-spec.head_dim * element // LINE_BYTES),
             "V_LINES": -(-spec.v_dim * element // LINE_BYTES),

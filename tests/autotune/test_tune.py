@@ -20,8 +20,10 @@ from pagedgen.autotune.binaries import BinaryCache
 from pagedgen.autotune.database import Database, Fit
 from pagedgen.autotune.events import Event, Started, Tried, Warned
 from pagedgen.autotune.search import Stop
+from pagedgen.autotune.select import ANY
 from pagedgen.autotune.tune import Effort, Plan, Workshop, regimes, spread, tune
 from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate
+from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Status
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
@@ -87,6 +89,18 @@ def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, databas
     new = [o.schedule for e in events if isinstance(e, Tried) for o in e.outcomes]
     assert len(new) == len(set(new)) == 20 - further.counts.known > 0
     assert not set(new) & {r.schedule for r in found.entry.records}
+
+
+def test_what_is_chosen_on_record_is_timed_beside_the_finalists(fakes, database, cpu) -> None:
+    first = tune(SPEC, cpu, [SHORT, LONG], effort="max", database=database)
+    slow = max(FINE, key=lambda s: functions.fake_time(s, SHORT))
+    chosen = replace(first.selection, variants=(slow,), dispatch=(Rule(ANY, ANY, 0),))
+    found = database.find(SPEC, "cpu", first.records[0].stamp)
+    assert slow not in {record.schedule for record in first.records}
+    database.save(replace(found.entry, selection=chosen))
+    again = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
+    assert {r.workload for r in again.records if r.schedule == slow} == {SHORT, LONG}
+    assert slow not in again.selection.variants
 
 
 def test_whatever_goes_wrong_costs_one_candidate(fakes, database, cpu) -> None:
@@ -225,9 +239,10 @@ def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -
     skewed = Workload("skewed", (1, 1, 300, 1, 1, 1, 1, 1))
     assert regimes([*plain, skewed]) == (plain[0], skewed, plain[9])
     assert regimes([plain[0], skewed]) == (plain[0], skewed)
-    long, many = Workload.uniform(1, 4096), Workload.uniform(8, 512)  # as many tokens
+    long, many = Workload("one", (4096,)), Workload("many", (512,) * 8)  # as many tokens
     large = [Workload.uniform(8, 4096), Workload.uniform(8, 8192)]
     assert regimes([many, long, *large]) == (long, large[0], large[1])
+    assert regimes([many, long, large[0]]) == (long, large[0])
 
 
 # ---- for real ----

@@ -13,6 +13,14 @@
 
 from tvm.script import ir as I, tirx as T
 
+# Which elements of two rows that are so many apart a stage of turning 8 x 8 elements takes.
+LOW_1 = [0, 8, 2, 10, 4, 12, 6, 14]
+HIGH_1 = [1, 9, 3, 11, 5, 13, 7, 15]
+LOW_2 = [0, 1, 8, 9, 4, 5, 12, 13]
+HIGH_2 = [2, 3, 10, 11, 6, 7, 14, 15]
+LOW_4 = [0, 1, 2, 3, 8, 9, 10, 11]
+HIGH_4 = [4, 5, 6, 7, 12, 13, 14, 15]
+
 
 @I.ir_module
 class Extend:
@@ -59,6 +67,7 @@ class Extend:
         LSE = T.decl_buffer((1,), "float32", data=lse)
         SINKS = T.decl_buffer((1,), "float32", data=sinks)
         at = T.alloc_local((192,), "int32")  # [192] positions of the rows
+        q_row = T.alloc_local((192,), "int64")  # [192] offsets of the rows of q
         top = T.alloc_local((192,), "float32")  # [192] maximal scores
         sums = T.alloc_local((192,), "float32")  # [192] sums of p
         alpha = T.alloc_local((24,), "float32")  # [24] what a block's sums so far are scaled by
@@ -77,45 +86,99 @@ class Extend:
                 # a sink is a score that was seen before all others, and once
                 top[block * 24 + c] = T.max(SINKS[row % 4] * T.float32(1.4426950408889634), T.float32(-1e30))
                 sums[block * 24 + c] = T.Select(SINKS[row % 4] > T.float32(-6e29), T.float32(1), T.float32(0))
-                source = row // 4 * q_stride_token + row % 4 * q_stride_head
-                for d in T.serial(128):
-                    QS[(block * 128 + d) * 24 + c] = T.cast(Q[source + d], "float32")
+                q_row[block * 24 + c] = row // 4 * q_stride_token + row % 4 * q_stride_head
             for d in T.serial(384):
                 for i in T.vectorized(8):
                     O[(block * 384 + d) * 8 + i] = T.float32(0)
+        for vector in T.serial(num_blocks * 3):  # the rows of the next one are prefetched
+            next_row = T.min(vector + 1, num_blocks * 3 - 1) * 8
+            for b in T.serial(16):
+                d = b * 8
+                x = T.alloc_local((64,), "float32")
+                y = T.alloc_local((64,), "float32")
+                for r in T.unroll(8):
+                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(Q[q_row[next_row + r] + d]), 0, 3, 1))
+                    for i in T.vectorized(8):
+                        x[r * 8 + i] = T.cast(Q[q_row[vector * 8 + r] + d + i], "float32")
+
+                for r in T.unroll(4):
+                    y[T.Ramp((2 * r) * 8, 1, 8)] = T.Shuffle(
+                        [x[T.Ramp((2 * r) * 8, 1, 8)], x[T.Ramp((2 * r + 1) * 8, 1, 8)]],
+                        LOW_1,
+                    )
+                    y[T.Ramp((2 * r + 1) * 8, 1, 8)] = T.Shuffle(
+                        [x[T.Ramp((2 * r) * 8, 1, 8)], x[T.Ramp((2 * r + 1) * 8, 1, 8)]],
+                        HIGH_1,
+                    )
+                for r in T.unroll(4):
+                    x[T.Ramp((r // 2 * 4 + r % 2) * 8, 1, 8)] = T.Shuffle(
+                        [y[T.Ramp((r // 2 * 4 + r % 2) * 8, 1, 8)], y[T.Ramp((r // 2 * 4 + r % 2 + 2) * 8, 1, 8)]],
+                        LOW_2,
+                    )
+                    x[T.Ramp((r // 2 * 4 + r % 2 + 2) * 8, 1, 8)] = T.Shuffle(
+                        [y[T.Ramp((r // 2 * 4 + r % 2) * 8, 1, 8)], y[T.Ramp((r // 2 * 4 + r % 2 + 2) * 8, 1, 8)]],
+                        HIGH_2,
+                    )
+                for r in T.unroll(4):
+                    y[T.Ramp((r // 4 * 8 + r % 4) * 8, 1, 8)] = T.Shuffle(
+                        [x[T.Ramp((r // 4 * 8 + r % 4) * 8, 1, 8)], x[T.Ramp((r // 4 * 8 + r % 4 + 4) * 8, 1, 8)]],
+                        LOW_4,
+                    )
+                    y[T.Ramp((r // 4 * 8 + r % 4 + 4) * 8, 1, 8)] = T.Shuffle(
+                        [x[T.Ramp((r // 4 * 8 + r % 4) * 8, 1, 8)], x[T.Ramp((r // 4 * 8 + r % 4 + 4) * 8, 1, 8)]],
+                        HIGH_4,
+                    )
+                for r in T.unroll(8):
+                    for i in T.vectorized(8):
+                        QS[(vector // 3 * 128 + d + r) * 24 + vector % 3 * 8 + i] = y[r * 8 + i]
 
         for step in T.serial((seen_end + 63) // 64 - seen_begin // 64):
             tile = seen_begin // 64 + step
             # the part of the tile that is needed, by whole register blocks
             from_token = T.max(seen_begin - tile * 64, 0) // 8 * 8
             to_token = (T.min(seen_end - tile * 64, 64) + 7) // 8 * 8
-            for n in T.serial(64):
-                token = T.min(T.max(tile * 64 + n, seen_begin), seen_end - 1)
-                seen = token == tile * 64 + n
-                page = T.cast(TABLE[token // 16], "int64")
-                v_row[n] = T.Select(seen, page * v_stride_block + token % 16 * v_stride_token, zeros_v)
-            for n in T.serial(16):  # 4 tokens, next to each other
-                if n * 4 + 4 > from_token and n * 4 < to_token:
-                    first = tile * 64 + n * 4
+            for n in T.serial(4):  # 16 tokens of one block
+                first = tile * 64 + n * 16
+                page = T.cast(TABLE[T.min(T.max(first, seen_begin), seen_end - 1) // 16], "int64")
+                for i in T.vectorized(16):
+                    v_row[n * 16 + i] = T.Select(
+                        first + i >= seen_begin and first + i < seen_end,
+                        page * v_stride_block + T.cast(first % 16 + i, "int64") * v_stride_token,
+                        zeros_v,
+                    )
+            for n in T.serial(8):  # 8 tokens, next to each other
+                if n * 8 + 8 > from_token and n * 8 < to_token:
+                    first = tile * 64 + n * 8
                     page = T.cast(TABLE[T.min(T.max(first, seen_begin), seen_end - 1) // 16], "int64")
                     source = page * k_stride_block + first % 16
                     for d in T.serial(128):
-                        for i in T.vectorized(4):
-                            KS[((n * 4) // 4 * 128 + d) * 4 + n * 4 % 4 + i] = T.Select(
+                        row = T.alloc_local((8,), "float32")
+                        for i in T.vectorized(8):
+                            row[i] = T.Select(
                                 first + i >= seen_begin and first + i < seen_end,
                                 T.cast(K[source + d * k_stride_dim + i], "float32"),
                                 T.float32(0),
                             )
-            for n in T.serial(to_token - from_token):
-                for c in T.serial(32):
-                    for i in T.vectorized(4):
-                        VS[((c * 4) // 4 * 64 + from_token + n) * 4 + c * 4 % 4 + i] = T.cast(V[v_row[from_token + n] + c * 4 + i], "float32")
+                        for u in T.unroll(2):
+                            for i in T.vectorized(4):
+                                KS[((n * 8 + u * 4) // 4 * 128 + d) * 4 + (n * 8 + u * 4) % 4 + i] = row[u * 4 + i]
+            for nb in T.serial((to_token - from_token) // 4):
+                for c in T.serial(16):
+                    for m in T.unroll(4):
+                        n = nb * 4 + m
+                        row = T.alloc_local((8,), "float32")
+                        for i in T.vectorized(8):
+                            row[i] = T.cast(V[v_row[from_token + n] + c * 8 + i], "float32")
+                        for u in T.unroll(2):
+                            for i in T.vectorized(4):
+                                VS[((c * 8 + u * 4) // 4 * 64 + from_token + n) * 4 + (c * 8 + u * 4) % 4 + i] = row[u * 4 + i]
 
             for block in T.serial(num_blocks):
+                grain = T.Select(num_rows - block * 24 > 8, 4, 8)  # tokens of a register block
                 position = at[block * 24]
                 last_position = at[block * 24 + 23]
                 begin = T.max(position - 127 - tile * 64, 0) // 8 * 8
-                end = (T.min(last_position + 1 - tile * 64, 64) + 7) // 8 * 8
+                end = (T.min(last_position + 1 - tile * 64, 64) + grain - 1) // grain * grain
                 if begin < end:
                     if num_rows - block * 24 > 8:
                         # s = K @ Q^T
@@ -303,16 +366,58 @@ class Extend:
                                         O[(block * 128 + db * 8 + r) * 24 + j * 8 + i] = acc[(r * 1 + j) * 8 + i]
 
         for block in T.serial(num_blocks):
+            for j in T.serial(T.min((num_rows - block * 24 + 7) // 8, 3)):
+                norm = T.alloc_local((8,), "float32")
+                for i in T.vectorized(8):
+                    norm[i] = v_scale / sums[block * 24 + j * 8 + i]
+                for b in T.serial(16):
+                    d = b * 8
+                    rows = T.alloc_local((64,), "float32")
+                    x = T.alloc_local((64,), "float32")
+                    y = T.alloc_local((64,), "float32")
+                    for r in T.unroll(8):
+                        for i in T.vectorized(8):
+                            x[r * 8 + i] = O[(block * 128 + d + r) * 24 + j * 8 + i] * norm[i]
+
+                    for r in T.unroll(4):
+                        y[T.Ramp((2 * r) * 8, 1, 8)] = T.Shuffle(
+                            [x[T.Ramp((2 * r) * 8, 1, 8)], x[T.Ramp((2 * r + 1) * 8, 1, 8)]],
+                            LOW_1,
+                        )
+                        y[T.Ramp((2 * r + 1) * 8, 1, 8)] = T.Shuffle(
+                            [x[T.Ramp((2 * r) * 8, 1, 8)], x[T.Ramp((2 * r + 1) * 8, 1, 8)]],
+                            HIGH_1,
+                        )
+                    for r in T.unroll(4):
+                        x[T.Ramp((r // 2 * 4 + r % 2) * 8, 1, 8)] = T.Shuffle(
+                            [y[T.Ramp((r // 2 * 4 + r % 2) * 8, 1, 8)], y[T.Ramp((r // 2 * 4 + r % 2 + 2) * 8, 1, 8)]],
+                            LOW_2,
+                        )
+                        x[T.Ramp((r // 2 * 4 + r % 2 + 2) * 8, 1, 8)] = T.Shuffle(
+                            [y[T.Ramp((r // 2 * 4 + r % 2) * 8, 1, 8)], y[T.Ramp((r // 2 * 4 + r % 2 + 2) * 8, 1, 8)]],
+                            HIGH_2,
+                        )
+                    for r in T.unroll(4):
+                        y[T.Ramp((r // 4 * 8 + r % 4) * 8, 1, 8)] = T.Shuffle(
+                            [x[T.Ramp((r // 4 * 8 + r % 4) * 8, 1, 8)], x[T.Ramp((r // 4 * 8 + r % 4 + 4) * 8, 1, 8)]],
+                            LOW_4,
+                        )
+                        y[T.Ramp((r // 4 * 8 + r % 4 + 4) * 8, 1, 8)] = T.Shuffle(
+                            [x[T.Ramp((r // 4 * 8 + r % 4) * 8, 1, 8)], x[T.Ramp((r // 4 * 8 + r % 4 + 4) * 8, 1, 8)]],
+                            HIGH_4,
+                        )
+                    for r in T.unroll(8):
+                        for i in T.vectorized(8):
+                            rows[r * 8 + i] = y[r * 8 + i]
+                    for c in T.serial(T.min(num_rows - block * 24 - j * 8, 8)):
+                        row = first_row + block * 24 + j * 8 + c
+                        to = row // 4 * out_stride_token + row % 4 * out_stride_head + d
+                        later = T.min(row + 8, first_row + num_rows - 1)  # prefetched: one of the next vector
+                        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(OUT[later // 4 * out_stride_token + later % 4 * out_stride_head + d]), 0, 3, 1))
+                        for i in T.vectorized(8):
+                            OUT[to + i] = T.cast(rows[c * 8 + i], "float16")
             for c in T.serial(T.min(num_rows - block * 24, 24)):
                 row = first_row + block * 24 + c
-                norm = v_scale / sums[block * 24 + c]
-                to = row // 4 * out_stride_token + row % 4 * out_stride_head
-                for b in T.serial(16):
-                    x = T.alloc_local((8,), "float32")
-                    for i in T.vectorized(8):
-                        x[i] = O[(block * 128 + b * 8 + i) * 24 + c] * norm
-                    for i in T.vectorized(8):
-                        OUT[to + b * 8 + i] = T.cast(x[i], "float16")
                 LSE[row // 4 * 32 + row % 4] = T.float32(0.6931471805599453) * (
                     top[block * 24 + c] + T.call_pure_extern("float32", "log2f", sums[block * 24 + c])
                 )

@@ -42,8 +42,17 @@ define <16 x float> @dot16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) always
 }
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 """
-# Which elements of its rows a shuffle takes.
-PAIR_TOKENS = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
+PAIR_TOKENS = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31]
+
+# Which elements of two rows that are so many apart a stage of turning 16 x 16 elements takes.
+LOW_1 = [0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30]
+HIGH_1 = [1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31]
+LOW_2 = [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]
+HIGH_2 = [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]
+LOW_4 = [0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27]
+HIGH_4 = [4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31]
+LOW_8 = [0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23]
+HIGH_8 = [8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31]
 
 
 @I.ir_module
@@ -90,6 +99,7 @@ class Extend:
         VS = T.decl_buffer((4096,), "int32", data=v_packed)
         O = T.decl_buffer((49152,), "float32", data=sums_of_v)
         at = T.alloc_local((384,), "int32")  # [384] positions of the rows
+        q_row = T.alloc_local((384,), "int64")  # [384] offsets of the rows of q
         top = T.alloc_local((384,), "float32")  # [384] maximal scores
         sums = T.alloc_local((384,), "float32")  # [384] sums of p
         alpha = T.alloc_local((48,), "float32")  # [48] what a block's sums so far are scaled by
@@ -109,49 +119,109 @@ class Extend:
                 at[block * 48 + c] = first_position + row // 4
                 top[block * 48 + c] = T.float32(-1e30)
                 sums[block * 48 + c] = T.float32(0)
-                source = row // 4 * q_stride_token + row % 4 * q_stride_head
-                for d in T.serial(64):
-                    QS[(block * 64 + d) * 48 + c] = T.bitwise_or(
-                        T.cast(Q[source + 2 * d], "int32"), T.shift_left(T.cast(Q[source + 2 * d + 1], "int32"), 16)
-                    )
+                q_row[block * 48 + c] = row // 4 * q_stride_token + row % 4 * q_stride_head
             for d in T.serial(384):
                 for i in T.vectorized(16):
                     O[(block * 384 + d) * 16 + i] = T.float32(0)
+        for vector in T.serial(num_blocks * 3):  # the rows of the next one are prefetched
+            next_row = T.min(vector + 1, num_blocks * 3 - 1) * 16
+            for b in T.serial(4):
+                d = b * 16
+                x = T.alloc_local((256,), "int32")
+                y = T.alloc_local((256,), "int32")
+                for r in T.unroll(16):
+                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(Q[q_row[next_row + r] + 2 * d]), 0, 3, 1))
+                    x[T.Ramp(r * 16, 1, 16)] = T.reinterpret("int32x16", Q[T.Ramp(q_row[vector * 16 + r] + 2 * d, 1, 32)])
+
+                for r in T.unroll(8):
+                    y[T.Ramp((2 * r) * 16, 1, 16)] = T.Shuffle(
+                        [x[T.Ramp((2 * r) * 16, 1, 16)], x[T.Ramp((2 * r + 1) * 16, 1, 16)]],
+                        LOW_1,
+                    )
+                    y[T.Ramp((2 * r + 1) * 16, 1, 16)] = T.Shuffle(
+                        [x[T.Ramp((2 * r) * 16, 1, 16)], x[T.Ramp((2 * r + 1) * 16, 1, 16)]],
+                        HIGH_1,
+                    )
+                for r in T.unroll(8):
+                    x[T.Ramp((r // 2 * 4 + r % 2) * 16, 1, 16)] = T.Shuffle(
+                        [y[T.Ramp((r // 2 * 4 + r % 2) * 16, 1, 16)], y[T.Ramp((r // 2 * 4 + r % 2 + 2) * 16, 1, 16)]],
+                        LOW_2,
+                    )
+                    x[T.Ramp((r // 2 * 4 + r % 2 + 2) * 16, 1, 16)] = T.Shuffle(
+                        [y[T.Ramp((r // 2 * 4 + r % 2) * 16, 1, 16)], y[T.Ramp((r // 2 * 4 + r % 2 + 2) * 16, 1, 16)]],
+                        HIGH_2,
+                    )
+                for r in T.unroll(8):
+                    y[T.Ramp((r // 4 * 8 + r % 4) * 16, 1, 16)] = T.Shuffle(
+                        [x[T.Ramp((r // 4 * 8 + r % 4) * 16, 1, 16)], x[T.Ramp((r // 4 * 8 + r % 4 + 4) * 16, 1, 16)]],
+                        LOW_4,
+                    )
+                    y[T.Ramp((r // 4 * 8 + r % 4 + 4) * 16, 1, 16)] = T.Shuffle(
+                        [x[T.Ramp((r // 4 * 8 + r % 4) * 16, 1, 16)], x[T.Ramp((r // 4 * 8 + r % 4 + 4) * 16, 1, 16)]],
+                        HIGH_4,
+                    )
+                for r in T.unroll(8):
+                    x[T.Ramp((r // 8 * 16 + r % 8) * 16, 1, 16)] = T.Shuffle(
+                        [y[T.Ramp((r // 8 * 16 + r % 8) * 16, 1, 16)], y[T.Ramp((r // 8 * 16 + r % 8 + 8) * 16, 1, 16)]],
+                        LOW_8,
+                    )
+                    x[T.Ramp((r // 8 * 16 + r % 8 + 8) * 16, 1, 16)] = T.Shuffle(
+                        [y[T.Ramp((r // 8 * 16 + r % 8) * 16, 1, 16)], y[T.Ramp((r // 8 * 16 + r % 8 + 8) * 16, 1, 16)]],
+                        HIGH_8,
+                    )
+                for r in T.unroll(16):
+                    for i in T.vectorized(16):
+                        QS[(vector // 3 * 64 + d + r) * 48 + vector % 3 * 16 + i] = x[r * 16 + i]
 
         for step in T.serial((seen_end + 63) // 64 - seen_begin // 64):
             tile = seen_begin // 64 + step
             # the part of the tile that is needed, by whole register blocks
             from_token = T.max(seen_begin - tile * 64, 0) // 16 * 16
             to_token = (T.min(seen_end - tile * 64, 64) + 15) // 16 * 16
-            for n in T.serial(64):
-                token = T.min(T.max(tile * 64 + n, seen_begin), seen_end - 1)
-                seen = token == tile * 64 + n
-                page = T.cast(TABLE[token // 16], "int64")
-                k_row[n] = T.Select(seen, page * k_stride_block + token % 16 * k_stride_token, zeros_k)
-                v_row[n] = T.Select(seen, page * v_stride_block + token % 16 * v_stride_token, zeros_v)
+            for n in T.serial(4):  # 16 tokens of one block
+                first = tile * 64 + n * 16
+                page = T.cast(TABLE[T.min(T.max(first, seen_begin), seen_end - 1) // 16], "int64")
+                for i in T.vectorized(16):
+                    k_row[n * 16 + i] = T.Select(
+                        first + i >= seen_begin and first + i < seen_end,
+                        page * k_stride_block + T.cast(first % 16 + i, "int64") * k_stride_token,
+                        zeros_k,
+                    )
+                    v_row[n * 16 + i] = T.Select(
+                        first + i >= seen_begin and first + i < seen_end,
+                        page * v_stride_block + T.cast(first % 16 + i, "int64") * v_stride_token,
+                        zeros_v,
+                    )
             for n in T.serial(to_token - from_token):
                 for c in T.serial(4):
                     row = T.alloc_local((32,), "uint16")
                     for i in T.vectorized(32):
                         row[i] = K[k_row[from_token + n] + c * 32 + i]
                     KS[T.Ramp((from_token + n) * 64 + c * 16, 1, 16)] = T.reinterpret("int32x16", row[T.Ramp(0, 1, 32)])
-            for n in T.serial((to_token - from_token) // 2):
-                for c in T.serial(16):
-                    even = T.alloc_local((8,), "uint16")
-                    odd = T.alloc_local((8,), "uint16")
-                    for i in T.vectorized(8):
-                        even[i] = V[v_row[from_token + 2 * n + 0] + c * 8 + i]
-                    for i in T.vectorized(8):
-                        odd[i] = V[v_row[from_token + 2 * n + 1] + c * 8 + i]
-                    VS[T.Ramp(((c * 8) // 8 * 32 + from_token // 2 + n) * 8 + c * 8 % 8, 1, 8)] = T.reinterpret(
-                        "int32x8", T.Shuffle([even[T.Ramp(0, 1, 8)], odd[T.Ramp(0, 1, 8)]], PAIR_TOKENS)
-                    )
+            for nb in T.serial((to_token - from_token) // 16):
+                for c in T.serial(8):
+                    for m in T.unroll(8):
+                        n = nb * 8 + m
+                        row = T.alloc_local((16,), "int32")
+                        even = T.alloc_local((16,), "uint16")
+                        odd = T.alloc_local((16,), "uint16")
+                        for i in T.vectorized(16):
+                            even[i] = V[v_row[from_token + 2 * n + 0] + c * 16 + i]
+                        for i in T.vectorized(16):
+                            odd[i] = V[v_row[from_token + 2 * n + 1] + c * 16 + i]
+                        row[T.Ramp(0, 1, 16)] = T.reinterpret(
+                            "int32x16", T.Shuffle([even[T.Ramp(0, 1, 16)], odd[T.Ramp(0, 1, 16)]], PAIR_TOKENS)
+                        )
+                        for u in T.unroll(2):
+                            for i in T.vectorized(8):
+                                VS[((c * 16 + u * 8) // 8 * 32 + from_token // 2 + n) * 8 + (c * 16 + u * 8) % 8 + i] = row[u * 8 + i]
 
             for block in T.serial(num_blocks):
+                grain = T.Select(num_rows - block * 48 > 16, 8, 16)  # tokens of a register block
                 position = at[block * 48]
                 last_position = at[block * 48 + 47]
                 begin = T.int32(0)
-                end = (T.min(last_position + 1 - tile * 64, 64) + 15) // 16 * 16
+                end = (T.min(last_position + 1 - tile * 64, 64) + grain - 1) // grain * grain
                 if begin < end:
                     if num_rows - block * 48 > 16:
                         # s = K @ Q^T
@@ -373,13 +443,62 @@ class Extend:
                                         O[(block * 128 + db * 16 + r) * 48 + j * 16 + i] = acc[(r * 1 + j) * 16 + i]
 
         for block in T.serial(num_blocks):
-            for c in T.serial(T.min(num_rows - block * 48, 48)):
-                row = first_row + block * 48 + c
-                norm = v_scale / sums[block * 48 + c]
-                to = row // 4 * out_stride_token + row % 4 * out_stride_head
+            for j in T.serial(T.min((num_rows - block * 48 + 15) // 16, 3)):
+                norm = T.alloc_local((16,), "float32")
+                for i in T.vectorized(16):
+                    norm[i] = v_scale / sums[block * 48 + j * 16 + i]
                 for b in T.serial(8):
-                    x = T.alloc_local((16,), "float32")
-                    for i in T.vectorized(16):
-                        x[i] = O[(block * 128 + b * 16 + i) * 48 + c] * norm
-                    for i in T.vectorized(16):
-                        OUT[to + b * 16 + i] = T.cast(T.shift_right(T.reinterpret("uint32", x[i]) + T.uint32(32767) + T.bitwise_and(T.shift_right(T.reinterpret("uint32", x[i]), T.uint32(16)), T.uint32(1)), T.uint32(16)), "uint16")
+                    d = b * 16
+                    rows = T.alloc_local((256,), "float32")
+                    x = T.alloc_local((256,), "float32")
+                    y = T.alloc_local((256,), "float32")
+                    for r in T.unroll(16):
+                        for i in T.vectorized(16):
+                            x[r * 16 + i] = O[(block * 128 + d + r) * 48 + j * 16 + i] * norm[i]
+
+                    for r in T.unroll(8):
+                        y[T.Ramp((2 * r) * 16, 1, 16)] = T.Shuffle(
+                            [x[T.Ramp((2 * r) * 16, 1, 16)], x[T.Ramp((2 * r + 1) * 16, 1, 16)]],
+                            LOW_1,
+                        )
+                        y[T.Ramp((2 * r + 1) * 16, 1, 16)] = T.Shuffle(
+                            [x[T.Ramp((2 * r) * 16, 1, 16)], x[T.Ramp((2 * r + 1) * 16, 1, 16)]],
+                            HIGH_1,
+                        )
+                    for r in T.unroll(8):
+                        x[T.Ramp((r // 2 * 4 + r % 2) * 16, 1, 16)] = T.Shuffle(
+                            [y[T.Ramp((r // 2 * 4 + r % 2) * 16, 1, 16)], y[T.Ramp((r // 2 * 4 + r % 2 + 2) * 16, 1, 16)]],
+                            LOW_2,
+                        )
+                        x[T.Ramp((r // 2 * 4 + r % 2 + 2) * 16, 1, 16)] = T.Shuffle(
+                            [y[T.Ramp((r // 2 * 4 + r % 2) * 16, 1, 16)], y[T.Ramp((r // 2 * 4 + r % 2 + 2) * 16, 1, 16)]],
+                            HIGH_2,
+                        )
+                    for r in T.unroll(8):
+                        y[T.Ramp((r // 4 * 8 + r % 4) * 16, 1, 16)] = T.Shuffle(
+                            [x[T.Ramp((r // 4 * 8 + r % 4) * 16, 1, 16)], x[T.Ramp((r // 4 * 8 + r % 4 + 4) * 16, 1, 16)]],
+                            LOW_4,
+                        )
+                        y[T.Ramp((r // 4 * 8 + r % 4 + 4) * 16, 1, 16)] = T.Shuffle(
+                            [x[T.Ramp((r // 4 * 8 + r % 4) * 16, 1, 16)], x[T.Ramp((r // 4 * 8 + r % 4 + 4) * 16, 1, 16)]],
+                            HIGH_4,
+                        )
+                    for r in T.unroll(8):
+                        x[T.Ramp((r // 8 * 16 + r % 8) * 16, 1, 16)] = T.Shuffle(
+                            [y[T.Ramp((r // 8 * 16 + r % 8) * 16, 1, 16)], y[T.Ramp((r // 8 * 16 + r % 8 + 8) * 16, 1, 16)]],
+                            LOW_8,
+                        )
+                        x[T.Ramp((r // 8 * 16 + r % 8 + 8) * 16, 1, 16)] = T.Shuffle(
+                            [y[T.Ramp((r // 8 * 16 + r % 8) * 16, 1, 16)], y[T.Ramp((r // 8 * 16 + r % 8 + 8) * 16, 1, 16)]],
+                            HIGH_8,
+                        )
+                    for r in T.unroll(16):
+                        for i in T.vectorized(16):
+                            rows[r * 16 + i] = x[r * 16 + i]
+                    for c in T.serial(T.min(num_rows - block * 48 - j * 16, 16)):
+                        row = first_row + block * 48 + j * 16 + c
+                        to = row // 4 * out_stride_token + row % 4 * out_stride_head + d
+                        later = T.min(row + 16, first_row + num_rows - 1)  # prefetched: one of the next vector
+                        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(OUT[later // 4 * out_stride_token + later % 4 * out_stride_head + d]), 0, 3, 1))
+                        for i in T.vectorized(16):
+                            OUT[to + i] = T.cast(T.shift_right(T.reinterpret("uint32", rows[c * 16 + i]) + T.uint32(32767) + T.bitwise_and(T.shift_right(T.reinterpret("uint32", rows[c * 16 + i]), T.uint32(16)), T.uint32(1)), T.uint32(16)), "uint16")

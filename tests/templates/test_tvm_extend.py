@@ -129,6 +129,19 @@ def pairs(spec: KernelSpec) -> Schedule:
     return Schedule.of(schedule.template, **{**dict(schedule.choices), "dot": "bf16"})
 
 
+def test_pairs_are_the_default_where_they_are_fast(make_spec):
+    """And only of what loses nothing by them."""
+    slow = cpu("x86_64-avx512bf16")
+    fast = replace(slow, fast_bf16_dots=True)
+    for q, target, dot in (
+        ("bf16", fast, "bf16"),
+        ("bf16", slow, "f32"),
+        ("f32", fast, "f32"),
+        ("f16", fast, "f32"),
+    ):
+        assert default_schedule(make_spec(q=q, op="extend"), target)["dot"] == dot
+
+
 @pytest.mark.parametrize("block_size", [5, 24])
 def test_cross_compiles_pairs_of_any_block(block_size, make_spec):
     """bf16 pairs of K along tokens are shuffled as many tokens at a time as lie next to each other."""

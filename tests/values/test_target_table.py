@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from pagedgen.errors import UnknownTarget, Unsupported
-from pagedgen.values.cpu_level import CPU_LEVELS
+from pagedgen.values.cpu_level import CPU_LEVELS, cpu_flags, fast_bf16_dots
 from pagedgen.values.target_table import (
     best_level,
+    cpu_target,
     num_cores,
     row_of_device,
     table,
@@ -104,6 +105,13 @@ def test_cpu_levels(level, flags):
 
 def test_avx512_without_its_byte_permutes_is_the_lower_level():
     assert best_level(CPU_LEVELS["x86_64-avx512bf16"] - {"avx512vbmi"}) == "x86_64-avx512"
+
+
+def test_bf16_dots_are_fast_on_processors_of_amd():
+    flags = CPU_LEVELS["x86_64-avx512bf16"]
+    assert fast_bf16_dots(flags | {"sse4a"}) and not fast_bf16_dots(flags)
+    assert not fast_bf16_dots(CPU_LEVELS["x86_64-avx512"] | {"sse4a"})
+    assert cpu_target().fast_bf16_dots == fast_bf16_dots(cpu_flags())
 
 
 def test_a_cpu_of_no_level_says_what_it_lacks():
