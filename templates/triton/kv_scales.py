@@ -56,7 +56,7 @@ class TritonKVScales(TritonWriteKV):
         row_bytes = width * spec.q_dtype.size + 8  # and a slot
         return {
             **super().symbols(spec, target, schedule, workload),
-            "smem_bytes": schedule.int("tile_m") * row_bytes * (stages if stages > 1 else 0) + 1024,
+            "smem_bytes": schedule.int("tile_m") * row_bytes * stages + 1024 if stages > 1 else 0,
             "smem_per_block": target.smem_per_block,
         }
 
