@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from threading import Thread
 
 import torch
 
@@ -16,20 +17,27 @@ BYTES = 1 << 21  # of a huge page on x86-64, and on AArch64 with a granule of 4 
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h; the second from Linux 6.1 on
 
 
-def use_huge_pages(memory: torch.Tensor, *, fresh: bool = False) -> None:
+def use_huge_pages(memory: torch.Tensor) -> Thread | None:
     """Ask for huge pages for the whole storage that ``memory`` is a view of.
 
-    What was written already is moved to huge pages now, unless memory is said to be fresh; the rest gets them
-    with its first write. A system that refuses, or has none left, leaves pages as they are. GPUs' memory is
-    left alone, and that of other systems.
+    What is written later gets them at once. What was written before is moved to them in the background, by
+    the thread that is returned, which takes seconds a GiB. A system that refuses, or has none left, leaves
+    pages as they are. GPUs' memory is left alone, and other systems: None.
     """
     if memory.device.type != "cpu" or sys.platform != "linux":
-        return
+        return None
     storage = memory.untyped_storage()
     begin = -(-storage.data_ptr() // BYTES) * BYTES
     end = (storage.data_ptr() + storage.nbytes()) // BYTES * BYTES
     if begin >= end:
-        return
+        return None
     madvise = ctypes.CDLL(None).madvise
-    for advice in (MADV_HUGEPAGE,) if fresh else (MADV_HUGEPAGE, MADV_COLLAPSE):
-        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+    madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)
+
+    def move(held: torch.UntypedStorage) -> None:  # which stays allocated as long
+        for page in range(begin, end, BYTES):  # one at a time: a signal ends a longer call
+            madvise(ctypes.c_void_p(page), ctypes.c_size_t(BYTES), MADV_COLLAPSE)
+
+    thread = Thread(target=move, args=(storage,), name="pagedgen-huge-pages", daemon=True)
+    thread.start()
+    return thread

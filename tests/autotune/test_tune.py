@@ -251,6 +251,7 @@ SMALL = KernelSpec(Op.DECODE, 32, 2, 1, 16, DType.F32, DType.F32, k_inner=KInner
 TINY = {Effort.QUICK: Plan(3, 3, 120.0, (2,), 3, 2)}
 
 
+@pytest.mark.slow  # tests/cli tunes this CPU for real in every run
 def test_this_cpu_for_real(real, cpu, monkeypatch) -> None:
     pytest.importorskip("tvm")
     monkeypatch.setattr(module, "PLANS", TINY)

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "autotune"))  # workers impor
 
 import worker_functions as functions
 
+from pagedgen.autotune import tune as tuner
+from pagedgen.autotune.tune import Effort, Plan
 from pagedgen.cli.app import app
 from pagedgen.cli.tune import MOST_BYTES, workloads_of
 from pagedgen.values.record import Verdict
@@ -72,20 +74,11 @@ def test_a_gpu_that_is_not_here_is_predicted_and_nothing_claims_a_measurement(tm
 def tuned(tmp_path_factory):
     """A tiny spec tuned on this CPU from a trace, as JSON, and its pack."""
     pack = tmp_path_factory.mktemp("packs") / "tiny.pack"
-    result = run(
-        "tune",
-        "--cpu",
-        *TINY,
-        "--trace",
-        "sample",
-        "--effort",
-        "quick",
-        "--budget",
-        "5s",
-        "--out",
-        pack,
-        "--json",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(4, 4, 5.0, (2,), 3, 2)})
+        patch.setattr(tuner, "SIMPLER", 0)
+        options = ("--trace", "sample", "--effort", "quick", "--budget", "5s", "--out", pack, "--json")
+        result = run("tune", "--cpu", *TINY, *options)
     return json.loads(result.stdout), pack
 
 

@@ -36,10 +36,6 @@ KV_DTYPES = {
     "fp8_e5m2": DType.FP8_E5M2,
 }
 
-# Allocations of so many bytes are mapped anew each time by the C library (its threshold grows no further). An
-# output of 32 MiB then takes 11 ms of faults in pages of 4 KiB, a fifth of the time of extend in float32.
-MAPPED_BYTES = 32 << 20
-
 # Workspaces of the process by what they serve. Layers run one after the other on one stream, so all layers of
 # a spec share one. Captured graphs hold its address: a layer keeps the one that it was bound with.
 _workspaces: dict[tuple[KernelSpec, torch.device], tuple[int, torch.Tensor]] = {}
@@ -215,8 +211,6 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
                 max_seq_len=step.max_seq_len, spec=self._kernels.decode,
             )  # fmt: skip
         if decodes < step.num_seqs:
-            if output.nbytes >= MAPPED_BYTES:
-                use_huge_pages(output, fresh=True)
             # Rows of decodes lie outside of what query_start_loc's rest covers, and so are none of extend's.
             self._attention.extend(
                 query[: step.num_tokens], k, v, step.block_table[decodes:], step.seq_lens[decodes:],
