@@ -59,7 +59,10 @@ RANKED = 16384  # schedules the model ranks at most, a random subset of larger s
 PROMISING = 0.5  # share of the space that the model keeps: it ranks, it does not know
 AUDIT = 0.1  # share of the rest that is kept whatever the model says, to find out where it is wrong
 SKEWED = 4.0  # the longest sequence of a batch over the mean, from which on balance is what counts
-SEARCHED = 3  # workloads that candidates are timed on while searching; finalists meet all of them
+REGIMES = 3  # workloads that tell bound by latency, by balance and by bytes from each other
+# Workloads that candidates are timed on while searching; finalists meet all. A GPU times one in milliseconds
+# and waits for compilers: on three, what is best for 1 x 8k and 8 x 4k was among no search's finalists.
+SEARCHED = {"cpu": REGIMES, "gpu": 8}
 SIMPLER = 4  # variants of the winner, each with one choice brought back to its default, among the finalists
 FAVOURITES = 2  # of the model's, tried first
 NEAREST = 3  # to the default, tried first: where the model's favourites all spill, some of these do not
@@ -262,7 +265,8 @@ class _Run:
         self.legal = frozenset(self.space)
         self.stamp: Stamp = stamp_of(target, compiler_version(target.kind), measured=present)
         self.found: Found | None = database.find(spec, target.name, self.stamp)
-        self.searched = regimes(workloads)
+        gpu = present and target.kind != "cpu"
+        self.searched = regimes(workloads, SEARCHED["gpu" if gpu else "cpu"])
         identity = self._identity()
         name = study or f"{spec.name} on {target.name}, {content_hash(tuple(identity.values()))[:8]}"
         self.place = Place(storage, name) if storage is not None else None
@@ -445,11 +449,12 @@ class _Run:
         return list(dict.fromkeys(start))
 
     def _ranked(self) -> dict[Schedule, float]:
-        """Schedules and the model's time over the searched workloads, fastest first."""
+        """Schedules and the model's time over three workloads, fastest first."""
+        workloads = regimes(self.workloads)
         pool: Sequence[Schedule] = self.space
         if len(pool) > RANKED:  # the same ones in every worker of a study
             pool = random.Random(self.spec.name).sample(self.space, RANKED)
-        times = {s: geometric_mean([self._predict(s, w) for w in self.searched]) for s in pool}
+        times = {s: geometric_mean([self._predict(s, w) for w in workloads]) for s in pool}
         return dict(sorted(times.items(), key=lambda item: item[1]))
 
     def _predict(self, schedule: Schedule, workload: Workload) -> float:
@@ -837,17 +842,18 @@ def spread(workloads: Sequence[Workload], count: int) -> tuple[Workload, ...]:
     return tuple(ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count))
 
 
-def regimes(workloads: Sequence[Workload]) -> tuple[Workload, ...]:
-    """What candidates are timed on: the least and the most tokens, and the most skewed or the middle batch.
+def regimes(workloads: Sequence[Workload], count: int = REGIMES) -> tuple[Workload, ...]:
+    """At most ``count``, 3 or more, to time candidates on: from the least to the most tokens, the most skewed
+    among them.
 
     A short batch is bound by latency, a long one by bytes, and one with a long sequence among short ones by
     how it is shared out: a schedule that is good at two of them may be bad at the third.
     """
-    chosen = spread(workloads, SEARCHED)  # the first of them waits for latency the most
+    chosen = spread(workloads, count)  # the first of them waits for latency the most
     skewed = max(workloads, key=_skew)
-    if _skew(skewed) < SKEWED or skewed in chosen or len(chosen) < SEARCHED:
+    if _skew(skewed) < SKEWED or skewed in chosen or len(chosen) < count:
         return chosen
-    return (chosen[0], skewed, chosen[-1])
+    return (chosen[0], skewed, *chosen[2:])
 
 
 def _skew(workload: Workload) -> float:

@@ -251,7 +251,7 @@ def test_bad_input_is_named(fakes, database, cpu) -> None:
 def test_spread_keeps_the_ends() -> None:
     workloads = [Workload.uniform(1, 2**i) for i in range(10)]
     assert spread(workloads, 3) == (workloads[0], workloads[4], workloads[9])
-    assert spread(workloads[:2], 3) == tuple(workloads[:2])
+    assert spread(workloads[1::-1], 3) == tuple(workloads[:2])
 
 
 def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -> None:
@@ -263,7 +263,9 @@ def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -
     long, many = Workload("one", (4096,)), Workload("many", (512,) * 8)  # as many tokens
     large = [Workload.uniform(8, 4096), Workload.uniform(8, 8192)]
     assert regimes([many, long, *large]) == (long, large[0], large[1])
-    assert regimes([many, long, large[0]]) == (long, many, large[0])
+    assert regimes([large[0], many, long]) == (long, many, large[0])
+    assert regimes([*plain, skewed], 5) == (plain[0], skewed, plain[5], plain[8], plain[9])
+    assert regimes([skewed, *plain], 11) == (*plain[:9], skewed, plain[9])
 
 
 # ---- for real ----
