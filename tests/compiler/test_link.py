@@ -31,6 +31,12 @@ from pagedgen.values.target import Target
 ALL = (Rule(2**31 - 1, 2**31 - 1, 0),)
 
 
+@pytest.fixture(autouse=True)
+def linked_anew(monkeypatch):
+    """Here libraries are compiled each time, not copied (conftest's ``linked_once``)."""
+    monkeypatch.setattr(link_module, "compile_library", compile_library)
+
+
 @pytest.fixture
 def compiler_search(monkeypatch):
     """Each test looks for the host compiler anew."""
