@@ -75,6 +75,27 @@ def test_it_finds_each_workloads_best_and_records_it(fakes, database, cpu) -> No
     assert all(a.best_us >= b.best_us for a, b in itertools.pairwise(tried))
 
 
+def test_batches_of_extend_are_known_by_their_queries(fakes, database, cpu, monkeypatch) -> None:
+    monkeypatch.setattr(module, "matmul_tflops", functions.fake_matmul_tflops)
+    extend = replace(SPEC, op=Op.EXTEND)
+    chunk, prompt = Workload.parse("1x64of4096", Op.EXTEND), Workload.parse("1x4096", Op.EXTEND)
+    result = tune(extend, cpu, [chunk, prompt], effort="max", database=database)
+    assert result.selection.pick_for(chunk) == schedule(16, 4)
+    assert result.selection.pick_for(prompt) == schedule(64, 4)
+    assert (result.roofline_gbs, result.roofline_tflops) == (20.0, 50.0)
+    best = result.chosen(prompt)
+    assert best.workload == prompt and best.schedule == schedule(64, 4)
+    assert best.roofline_share == pytest.approx(prompt.flops(extend) / 50.0 / 1e6 / best.time_us)
+    again = tune(extend, cpu, [prompt, chunk], effort="max", database=database)
+    assert again.counts.known == len(FINE) and again.chosen(chunk).workload == chunk
+
+    assert regimes([prompt, chunk]) == (chunk, prompt)
+    with pytest.raises(InvalidValue, match="a batch of decode has no query lengths"):
+        tune(SPEC, cpu, [chunk], database=database)
+    with pytest.raises(InvalidValue, match="op = 'write_kv': allowed: decode, extend, verify"):
+        tune(replace(extend, op=Op.WRITE_KV, num_q_heads=2), cpu, [chunk], database=database)
+
+
 def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, database, cpu) -> None:
     first = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
     assert first.counts.known == 0 and 8 <= first.counts.compiled <= 12  # and simpler variants of the winner
@@ -230,7 +251,7 @@ def test_bad_input_is_named(fakes, database, cpu) -> None:
 def test_spread_keeps_the_ends() -> None:
     workloads = [Workload.uniform(1, 2**i) for i in range(10)]
     assert spread(workloads, 3) == (workloads[0], workloads[4], workloads[9])
-    assert spread(workloads[:2], 3) == tuple(workloads[:2])
+    assert spread(workloads[1::-1], 3) == tuple(workloads[:2])
 
 
 def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -> None:
@@ -242,7 +263,9 @@ def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -
     long, many = Workload("one", (4096,)), Workload("many", (512,) * 8)  # as many tokens
     large = [Workload.uniform(8, 4096), Workload.uniform(8, 8192)]
     assert regimes([many, long, *large]) == (long, large[0], large[1])
-    assert regimes([many, long, large[0]]) == (long, large[0])
+    assert regimes([large[0], many, long]) == (long, many, large[0])
+    assert regimes([*plain, skewed], 5) == (plain[0], skewed, plain[5], plain[8], plain[9])
+    assert regimes([skewed, *plain], 11) == (*plain[:9], skewed, plain[9])
 
 
 # ---- for real ----

@@ -17,7 +17,7 @@ import worker_functions as functions
 from pagedgen.autotune import tune as tuner
 from pagedgen.autotune.tune import Effort, Plan
 from pagedgen.cli.app import app
-from pagedgen.cli.tune import MOST_BYTES, workloads_of
+from pagedgen.cli.batches import MOST_BYTES, workloads_of
 from pagedgen.values.record import Verdict
 from pagedgen.values.trace import SAMPLE
 
@@ -90,8 +90,8 @@ def test_this_cpu_is_measured_and_its_pack_decodes(tuned):
     for row in result["workloads"]:
         assert row["timing"]["low_us"] <= row["time_us"] == row["timing"]["median_us"]
     assert data["pack"]["kernels"][0]["status"] == "measured"
-    assert len(data["decoded"]) == 4
-    for row in data["decoded"]:
+    assert len(data["called"]) == 4
+    for row in data["called"]:
         assert 0 <= row["error"] <= row["allowed"] and row["call_us"] > 0
     assert (pack / "manifest.json").is_file()
 
