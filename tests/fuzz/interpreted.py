@@ -120,6 +120,8 @@ def interpretable(draw: Random, spec: KernelSpec) -> Schedule:
     if choices.get("fp8_decode", "none") != "none":
         choices["fp8_decode"] = "plain"
     choices |= {"pdl": 0} if "pdl" in choices else {}
+    if choices.get("split") == "cluster":
+        choices["split"] = "pieces"
     return Schedule.of(family_for(spec, HOST).name, **choices)
 
 
