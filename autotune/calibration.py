@@ -25,7 +25,7 @@ from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import target as find_target
 from pagedgen.values.target_table import target_names
-from pagedgen.values.workload import Workload
+from pagedgen.values.workload import Lens, Workload
 
 MACHINE = ("_us", "_rate", "_gbs", "ghz")  # endings of the symbols that calibration may scale
 RIDGE = 2e-4  # pull of each factor's logarithm towards 0: a factor that no timing speaks of stays 1
@@ -35,7 +35,7 @@ FITTED = 1500  # timings that constants are fitted to, evenly drawn
 # What picks for a device that was not measured cost against its own best, in the median over specs from an
 # H100 to an H200 (docs/benchmarks/prediction.md): with the model calibrated on a device of the same
 # architecture, and as it is, which stands for what is to be expected of other architectures.
-REGRET_ALIKE, REGRET_OTHER = 0.009, 0.097
+REGRET_ALIKE, REGRET_OTHER = 0.01, 0.097
 
 Point = tuple[KernelSpec, Schedule, Workload]
 
@@ -111,8 +111,8 @@ class Calibration:
     """
 
     factors: Mapping[str, float] = field(default_factory=dict)
-    residuals: Mapping[tuple[KernelSpec, Schedule, tuple[int, ...]], float] = field(default_factory=dict)
-    unmeasured: Mapping[tuple[KernelSpec, tuple[int, ...]], float] = field(default_factory=dict)
+    residuals: Mapping[tuple[KernelSpec, Schedule, Lens], float] = field(default_factory=dict)
+    unmeasured: Mapping[tuple[KernelSpec, Lens], float] = field(default_factory=dict)
     alike: bool = False  # whether they are of a device with the architecture that is predicted for
 
     @property
@@ -133,14 +133,14 @@ class Calibration:
         factors = _fit(measured[:: max(1, math.ceil(len(measured) / FITTED))], target)
         constants = cls(factors)
         residuals = {
-            (r.spec, r.schedule, r.workload.seq_lens): math.log(
+            (r.spec, r.schedule, r.workload.lens): math.log(
                 r.time_us / constants.time_us(target, r.spec, r.schedule, r.workload)
             )
             for r in measured
         }
-        cases: dict[tuple[KernelSpec, tuple[int, ...]], list[float]] = {}
-        for (spec, _, lengths), residual in residuals.items():
-            cases.setdefault((spec, lengths), []).append(residual)
+        cases: dict[tuple[KernelSpec, Lens], list[float]] = {}
+        for (spec, _, batch), residual in residuals.items():
+            cases.setdefault((spec, batch), []).append(residual)
         unmeasured = {case: statistics.mean(all_) + statistics.pstdev(all_) for case, all_ in cases.items()}
         return cls(factors, residuals, unmeasured)
 
@@ -166,8 +166,8 @@ class Calibration:
     def time_us(self, target: Target, spec: KernelSpec, schedule: Schedule, workload: Workload) -> float:
         """The calibrated model's time of one call on ``target``, microseconds."""
         time = predict(spec, target, schedule, workload, self.factors).time_us
-        beside = self.unmeasured.get((spec, workload.seq_lens), 0.0)
-        return time * math.exp(self.residuals.get((spec, schedule, workload.seq_lens), beside))
+        beside = self.unmeasured.get((spec, workload.lens), 0.0)
+        return time * math.exp(self.residuals.get((spec, schedule, workload.lens), beside))
 
 
 def _fit(records: Sequence[Record], target: Target) -> dict[str, float]:
@@ -298,9 +298,9 @@ def _matrix(
     records: Sequence[Record],
 ) -> tuple[tuple[Workload, ...], dict[Schedule, dict[Workload, float]]]:
     """The workloads, and the times of the schedules that met most of them: all of those same ones."""
-    rows: dict[Schedule, dict[tuple[int, ...], Record]] = {}
+    rows: dict[Schedule, dict[Lens, Record]] = {}
     for record in records:
-        rows.setdefault(record.schedule, {})[record.workload.seq_lens] = record
+        rows.setdefault(record.schedule, {})[record.workload.lens] = record
     if not rows:
         return (), {}
     # Search times candidates on some workloads, finalists on all: the larger group tells more of a ranking.

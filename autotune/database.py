@@ -15,7 +15,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import gpu_target
 from pagedgen.values.target_table import target as find_target
-from pagedgen.values.workload import Workload
+from pagedgen.values.workload import Lens, Workload
 
 FORMAT = 2  # of the file; bumped when an older reader could misread it
 
@@ -134,8 +134,8 @@ def _target(name: str) -> Target:
         return here
 
 
-def _key(record: Record) -> tuple[tuple[int, ...], Schedule]:
-    return record.workload.seq_lens, record.schedule
+def _key(record: Record) -> tuple[Lens, Schedule]:
+    return record.workload.lens, record.schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +305,7 @@ class _Row:
     roofline_gbs: float
     resources: Resources
     verdict: Verdict | None
+    roofline_tflops: float = field(default=0.0, metadata=codec.OMIT_DEFAULT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,12 +345,12 @@ def read(path: Path) -> Entry | None:
 
 
 def _record(file: _File, row: _Row) -> Record:
-    for field, index, table in (
+    for name, index, table in (
         ("workload", row.workload, file.workloads),
         ("stamp", row.stamp, file.stamps),
     ):
         if not 0 <= index < len(table):
-            raise InvalidValue(field, index, f"0 to {len(table) - 1} is allowed")
+            raise InvalidValue(name, index, f"0 to {len(table) - 1} is allowed")
     return Record(
         status=row.status,
         spec=file.spec,
@@ -363,6 +364,7 @@ def _record(file: _File, row: _Row) -> Record:
         timing=row.timing,
         roofline_gbs=row.roofline_gbs,
         verdict=row.verdict,
+        roofline_tflops=row.roofline_tflops,
     )
 
 
@@ -381,6 +383,7 @@ def _dump(entry: Entry) -> bytes:
             r.roofline_gbs,
             r.resources,
             r.verdict,
+            r.roofline_tflops,
         )
         for r in sorted(entry.records, key=lambda r: (workloads.index(r.workload), r.time_us))
     )

@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A batch is through. ``best_us`` is the workloads' geometric mean, ``share`` that of the bandwidth."""
+    """A batch is through. ``best_us`` is the workloads' geometric mean, ``share`` that of the roofline."""
 
     outcomes: tuple[Outcome, ...]
     done: int  # schedules tried so far, known ones included

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.errors import OutputUnwritable, ToolMissing
+from pagedgen.values.record import Record
+from pagedgen.values.spec import Op
 
 if TYPE_CHECKING:
     from pagedgen.autotune.tune import TuneResult
@@ -124,24 +126,39 @@ def _bars(result: TuneResult, weights: dict[str, float]) -> Any:
 
 
 def _roofline(result: TuneResult) -> Any:
-    measured = result.roofline_gbs > 0
+    """The picked kernels' GB/s over what a call reads, of decode; else TFLOP/s over FLOPs per byte read."""
+    measured, decode = result.roofline_gbs > 0, result.spec.op is Op.DECODE
     how = "" if measured else " (predicted, not measured)"
-    figure, axes = _axes(f"{_title(result)}{how}", "MB of K and V that a call reads", "GB/s")
-    workloads = {r.workload: r for r in result.records}
-    rows = [result.chosen(w) for w in workloads]
-    sizes = [r.workload.kv_bytes(r.spec) / 1e6 for r in rows]
-    axes.plot(sizes, [r.gbs for r in rows], "o", label="picked kernels")
-    for record, size in zip(rows, sizes, strict=True):
-        axes.annotate(
-            record.workload.name, (size, record.gbs), textcoords="offset points", xytext=(5, 4), size=7
-        )
-    limit = result.roofline_gbs or result.target.bandwidth_gbs
-    if limit:
-        axes.axhline(limit, color="tab:red", label="measured reads" if measured else "published bandwidth")
+    labels = (
+        ("MB of K and V that a call reads", "GB/s") if decode else ("FLOP per byte of K and V", "TFLOP/s")
+    )
+    figure, axes = _axes(f"{_title(result)}{how}", *labels)
+    rows = [result.chosen(w) for w in {r.workload: r for r in result.records}]
+    points = [_point(record, decode) for record in rows]
+    axes.plot(*zip(*points, strict=True), "o", label="picked kernels")
+    for record, point in zip(rows, points, strict=True):
+        axes.annotate(record.workload.name, point, textcoords="offset points", xytext=(5, 4), size=7)
+    gbs = result.roofline_gbs or result.target.bandwidth_gbs
+    tflops = result.roofline_tflops or result.target.f16_tflops
+    name = "measured" if measured else "published"
+    if decode and gbs:
+        axes.axhline(gbs, color="tab:red", label="measured reads" if measured else "published bandwidth")
+    elif gbs and tflops:
+        ends = sorted({min(x for x, _ in points) / 2, tflops / gbs * 1e3, max(x for x, _ in points) * 2})
+        roof = [min(x * gbs / 1e3, tflops) for x in ends]
+        axes.plot(ends, roof, color="tab:red", label=f"{name} bandwidth and matrix product")
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.legend()
     return figure
+
+
+def _point(record: Record, decode: bool) -> tuple[float, float]:
+    """Where a record stands in the roofline's plot."""
+    size = record.workload.kv_bytes(record.spec)
+    if decode:
+        return size / 1e6, record.gbs
+    return record.workload.flops(record.spec) / size, record.tflops
 
 
 def _title(result: TuneResult) -> str:

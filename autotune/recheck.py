@@ -1,7 +1,7 @@
 """Records held against the device: are the chosen kernels still right, and still as fast as it says?
 
-Speed is compared as a share of the read bandwidth measured in the same run, the record's with its own: a
-neighbour that takes bandwidth away slows both, a compiler that made the kernel worse slows the kernel.
+Speed is compared as a share of the roofline measured in the same run, the record's with its own: a neighbour
+that takes bandwidth away slows both, a compiler that made the kernel worse slows the kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pagedgen.autotune.database import Entry
 from pagedgen.autotune.gating import verdict_on
 from pagedgen.autotune.measure import Verified, device_name, measure
 from pagedgen.autotune.race import timing_of
-from pagedgen.autotune.roofline import bandwidth
+from pagedgen.autotune.roofline import bandwidth, matmul_tflops
 from pagedgen.autotune.tune import MEASURE_S, Workshop
 from pagedgen.autotune.worker import WorkerLost
 from pagedgen.compiler.link import link
@@ -27,7 +27,7 @@ from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
-SLIP = 0.05  # of the share of the bandwidth that a kernel may lose; medians of good runs repeat to 1-3%
+SLIP = 0.05  # of the share of the roofline that a kernel may lose; medians of good runs repeat to 1-3%
 ROUNDS = 15
 
 
@@ -35,7 +35,7 @@ ROUNDS = 15
 class Recheck:
     """A pick on the workload that it was picked for: what is on record, and what is found now.
 
-    ``share`` is that of the read bandwidth. ``timing`` is None, and ``reason`` says why, when there is none.
+    ``share`` is that of the roofline. ``timing`` is None, and ``reason`` says why, when there is none.
     """
 
     spec: KernelSpec
@@ -92,13 +92,15 @@ def recheck(
         else:
             reasons[schedule] = f"wrong: {verdict.reason}"
     limit = workshop.worker.call(bandwidth, entry.spec, device, timeout_s=MEASURE_S).read_gbs
+    tflops = workshop.worker.call(matmul_tflops, entry.spec, device, timeout_s=MEASURE_S)
     rows = []
     for schedule, records in picks.items():
         for record in records:
             timing, reason = None, reasons.get(schedule, "")
             if schedule in verified:
                 timing, reason = _timed(workshop, library, record, verified[schedule], rounds, device, seed)
-            share = record.workload.kv_bytes(entry.spec) / timing.median_us / 1e3 / limit if timing else 0.0
+            floor_us = record.workload.floor_us(entry.spec, limit, tflops)
+            share = floor_us / timing.median_us if timing else 0.0
             row = Recheck(
                 entry.spec,
                 schedule,
@@ -120,7 +122,7 @@ def _picks(entry: Entry) -> dict[Schedule, list[Record]]:
     if entry.selection is None:
         return picks
     for record in entry.chosen():
-        pick = entry.selection.pick(record.workload.num_seqs, record.workload.max_seq_len)
+        pick = entry.selection.pick_for(record.workload)
         if record.timing is not None and record.schedule == pick:
             picks.setdefault(record.schedule, []).append(record)
     return picks

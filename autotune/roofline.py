@@ -1,4 +1,6 @@
-"""The read bandwidth of the device, measured in the run whose kernels it is held against.
+"""What bounds a kernel on the device, measured in the run whose kernels are held against it.
+
+The read bandwidth, and for operators of many queries the rate of a large matrix product.
 
 GPU: a Triton kernel that only reads and sums; ``copy_`` counts writes too and reaches less (2.4-3.0 TB/s
 where reading alone reaches 3.1 on an H100). CPU: :mod:`pagedgen.autotune.roofline_cpu`.
@@ -7,9 +9,10 @@ where reading alone reaches 3.1 on an H100). CPU: :mod:`pagedgen.autotune.roofli
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass
 
-from pagedgen.values.spec import KernelSpec
+from pagedgen.values.spec import DType, KernelSpec, Op
 
 GPU_BYTES = 2 << 30
 GPU_CONFIGS = (
@@ -20,6 +23,7 @@ GPU_CONFIGS = (
     (8192, 16, 2),
 )  # elements, warps, per SM
 ROUNDS = 7
+CPU_SIZE = 2048  # of the matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,34 @@ def gpu_read_gbs() -> float:
             raise RuntimeError("the roofline kernel did not read everything")
         best = max(best, GPU_BYTES / statistics.median(times) / 1e6)
     return best
+
+
+def matmul_tflops(spec: KernelSpec, device: str) -> float:
+    """The rate of a large matrix product that kernels of a spec are held against: TFLOP/s.
+
+    0 for decode, whose products with one query are bound by reading. On a CPU it is the better one of
+    float32's and the queries' type's: kernels form products in either.
+    """
+    if spec.op is Op.DECODE:
+        return 0.0
+    if device != "cpu":
+        return gpu_matmul_tflops()
+    kinds = {DType.F32, DType.F32 if spec.q_dtype is DType.F16 else spec.q_dtype}
+    return max(cpu_matmul_tflops(kind) for kind in kinds)
+
+
+def cpu_matmul_tflops(kind: DType = DType.F32) -> float:
+    """The best rate of torch's product of two matrices of 2048 x 2048 on this CPU: TFLOP/s."""
+    import torch
+
+    dtype = {DType.F32: torch.float32, DType.BF16: torch.bfloat16}[kind]
+    a, b = (torch.randn(CPU_SIZE, CPU_SIZE).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return float(2 * CPU_SIZE**3 / min(times) / 1e12)
 
 
 def gpu_matmul_tflops() -> float:

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 
 from pagedgen.errors import InvalidValue
 from pagedgen.values import codec
-from pagedgen.values.manifest import Rule
+from pagedgen.values.manifest import ANY, Rule
 from pagedgen.values.record import Status
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.workload import Workload
 
 WORST_REGRET = 0.02
 NOISE = 0.003  # in mean regret, between equals: medians of a run's finalists repeat to about that
-ANY = 2**31 - 1  # a rule with this bound holds for every call
 EXHAUSTIVE = 50_000  # subsets tried before the greedy cover takes over
+
+# What a table tells batches apart by: num_seqs, query tokens (0: not told, as of decode), max_seq_len.
+Cell = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,9 @@ class Selection:
     def __post_init__(self) -> None:
         if not self.variants:
             raise InvalidValue("variants", (), "at least one is expected")
-        if not self.dispatch or (self.dispatch[-1].max_num_seqs, self.dispatch[-1].max_seq_len) != (ANY, ANY):
+        if not self.dispatch or not self.dispatch[-1].fits(ANY, ANY, ANY):
             raise InvalidValue(
-                "dispatch", self.dispatch[-1:], f"the last row covers everything ({ANY}, {ANY})"
+                "dispatch", self.dispatch[-1:], f"the last row covers everything (up to {ANY})"
             )
         if self.expected_regret is not None and self.status is not Status.PREDICTED:
             raise InvalidValue("expected_regret", self.expected_regret, "a measured selection has none")
@@ -48,21 +50,31 @@ class Selection:
             if not 0 <= rule.variant < len(self.variants):
                 raise InvalidValue("variant", rule.variant, f"0 to {len(self.variants) - 1} is allowed")
 
-    def pick(self, num_seqs: int, max_seq_len: int) -> Schedule:
-        """The schedule that the table gives a call."""
-        return self.variants[lookup(self.dispatch, num_seqs, max_seq_len)]
+    def pick(self, num_seqs: int, max_seq_len: int, num_tokens: int = 0) -> Schedule:
+        """The schedule that the table gives a call; ``num_tokens`` are its queries, no matter for decode."""
+        return self.variants[lookup(self.dispatch, num_seqs, max_seq_len, num_tokens)]
+
+    def pick_for(self, workload: Workload) -> Schedule:
+        """The schedule that the table gives a batch."""
+        num_seqs, num_tokens, max_seq_len = _cell(workload)
+        return self.pick(num_seqs, max_seq_len, num_tokens)
 
 
-def lookup(dispatch: Sequence[Rule], num_seqs: int, max_seq_len: int) -> int:
+def lookup(dispatch: Sequence[Rule], num_seqs: int, max_seq_len: int, num_tokens: int = 0) -> int:
     """Index of the variant of the first row that fits.
 
     Raises:
         InvalidValue: no row fits.
     """
     for rule in dispatch:
-        if num_seqs <= rule.max_num_seqs and max_seq_len <= rule.max_seq_len:
+        if rule.fits(num_seqs, max_seq_len, num_tokens):
             return rule.variant
-    raise InvalidValue("dispatch", (num_seqs, max_seq_len), "no row covers this call")
+    raise InvalidValue("dispatch", (num_seqs, max_seq_len, num_tokens), "no row covers this call")
+
+
+def _cell(workload: Workload) -> Cell:
+    """Where a batch stands in a table."""
+    return workload.num_seqs, sum(workload.query_lens), workload.max_seq_len
 
 
 def select(
@@ -74,10 +86,10 @@ def select(
 ) -> Selection:
     """The smallest set of schedules whose worst regret under its own dispatch table is at most the bound.
 
-    A call is known by (num_seqs, bound on seq_len) alone, so workloads that share both share a pick; where
-    such workloads disagree by more than the bound, the best compromise stands in for it. Among equally small
-    sets the one with the least mean regret wins, where several differ by no more than the noise the one with
-    the fewest choices unlike ``defaults``, then the one that comes first in ``times``.
+    A call is known by num_seqs, query tokens and a bound on seq_len alone, so workloads that share them share
+    a pick; where such disagree by more than the bound, the best compromise stands in for it. Among equally
+    small sets the one with the least mean regret wins, where several differ by no more than the noise the one
+    with the fewest choices unlike ``defaults``, then the one that comes first in ``times``.
 
     With ``kernel_of`` the set holds schedules of one kernel alone, which they say by what the function gives:
     of the kernel whose own best for each workload have the least mean regret, whatever the worst of them.
@@ -93,9 +105,9 @@ def select(
     best = {w: min(times[s][w] for s in schedules) for w in workloads}
     if kernel_of is not None:
         schedules = _of_one_kernel(times, best, kernel_of)
-    cells: dict[tuple[int, int], list[Workload]] = {}
+    cells: dict[Cell, list[Workload]] = {}
     for workload in workloads:
-        cells.setdefault((workload.num_seqs, workload.max_seq_len), []).append(workload)
+        cells.setdefault(_cell(workload), []).append(workload)
 
     # regret[s][c]: the worst of schedule s in cell c
     regret = [[max(times[s][w] / best[w] - 1 for w in cell) for cell in cells.values()] for s in schedules]
@@ -172,26 +184,31 @@ def _smallest(
     return chosen
 
 
-def _rules(picks: Mapping[tuple[int, int], int]) -> tuple[Rule, ...]:
+def _rules(picks: Mapping[Cell, int]) -> tuple[Rule, ...]:
     """A complete table: every call gets the pick of the tuned cell nearest to it.
 
     Bands end at the geometric mean of neighbouring tuned values (batch sizes and lengths act by ratio), the
-    last band holds the rest; a band of num_seqs is a run of rows, merged where neighbours agree.
+    last band holds the rest; a band is a run of rows, merged with its neighbour where they agree.
     """
-    counts = _bands(sorted({n for n, _ in picks}))
-    lengths = _bands(sorted({length for _, length in picks}))
-    bands: list[tuple[int, list[tuple[int, int]]]] = []
-    for count, count_bound in counts:
-        row: list[tuple[int, int]] = []
-        for length, length_bound in lengths:
-            variant = picks[min(picks, key=lambda cell: (_distance(cell, (count, length)), cell))]
-            if row and row[-1][1] == variant:
-                row.pop()
-            row.append((length_bound, variant))
-        if bands and bands[-1][1] == row:
+    axes = [_bands(sorted(set(values))) for values in zip(*picks, strict=True)]
+    return tuple(
+        Rule(count, length, variant, tokens) for (count, tokens, length), variant in _rows(axes, (), picks)
+    )
+
+
+def _rows(
+    axes: Sequence[Sequence[tuple[int, int]]], at: tuple[int, ...], picks: Mapping[Cell, int]
+) -> list[tuple[tuple[int, ...], int]]:
+    """Bounds on the remaining ``axes``, and the pick, where the axes before them are at ``at``."""
+    if not axes:
+        return [((), picks[min(picks, key=lambda cell: (_distance(cell, at), cell))])]
+    bands: list[tuple[int, list[tuple[tuple[int, ...], int]]]] = []
+    for value, bound in axes[0]:
+        rows = _rows(axes[1:], (*at, value), picks)
+        if bands and bands[-1][1] == rows:
             bands.pop()
-        bands.append((count_bound, row))
-    return tuple(Rule(count, length, variant) for count, row in bands for length, variant in row)
+        bands.append((bound, rows))
+    return [((bound, *bounds), variant) for bound, rows in bands for bounds, variant in rows]
 
 
 def _bands(values: Sequence[int]) -> list[tuple[int, int]]:
@@ -199,5 +216,5 @@ def _bands(values: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(values, [*bounds, ANY], strict=True))
 
 
-def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
+def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     return math.hypot(*(math.log2((x + 1) / (y + 1)) for x, y in zip(a, b, strict=True)))

@@ -16,11 +16,12 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from pagedgen.autotune.binaries import BinaryCache, Compiled, compile_all
 from pagedgen.autotune.calibration import Calibration
@@ -33,7 +34,7 @@ from pagedgen.autotune.ledger import Ledger, Place
 from pagedgen.autotune.measure import Verified, device_name, device_works, measure, pin
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.race import race
-from pagedgen.autotune.roofline import Bandwidth, bandwidth
+from pagedgen.autotune.roofline import Bandwidth, bandwidth, matmul_tflops
 from pagedgen.autotune.search import Stop, search
 from pagedgen.autotune.select import Selection, select
 from pagedgen.autotune.warm import guesses, timings, untried_values
@@ -48,9 +49,9 @@ from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandida
 from pagedgen.values.codec import content_hash
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Choice, Schedule
-from pagedgen.values.spec import KernelSpec
+from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
-from pagedgen.values.workload import Workload
+from pagedgen.values.workload import Lens, Workload
 
 DEVICE_S = 60.0  # for a device to answer anything at all
 MEASURE_S = 300.0  # limit in a worker; a sampling rarely takes more than 10 s
@@ -58,14 +59,20 @@ RANKED = 16384  # schedules the model ranks at most, a random subset of larger s
 PROMISING = 0.5  # share of the space that the model keeps: it ranks, it does not know
 AUDIT = 0.1  # share of the rest that is kept whatever the model says, to find out where it is wrong
 SKEWED = 4.0  # the longest sequence of a batch over the mean, from which on balance is what counts
-SEARCHED = 3  # workloads that candidates are timed on while searching; finalists meet all of them
+REGIMES = 3  # workloads that tell bound by latency, by balance and by bytes from each other
+# Workloads that candidates are timed on while searching; finalists meet all. A GPU times one in milliseconds
+# and waits for compilers: on three, what is best for 1 x 8k and 8 x 4k was among no search's finalists.
+SEARCHED = {"cpu": REGIMES, "gpu": 8}
 SIMPLER = 4  # variants of the winner, each with one choice brought back to its default, among the finalists
 FAVOURITES = 2  # of the model's, tried first
 NEAREST = 3  # to the default, tried first: where the model's favourites all spill, some of these do not
 UNTRIED = 12  # guesses with a value that nothing before them has, tried first: one batch
-ENOUGH = 0.97  # share of what the memory can deliver at which the search ends
+ENOUGH = 0.97  # share of what memory and matrix products allow at which the search ends
 RESERVED = 0.25  # share of the budget that is kept for the finalists
+TUNED = (Op.DECODE, Op.EXTEND, Op.VERIFY)  # operators whose batches are workloads
 LOST = 0.05  # share of a shared study's trials in a batch at most: what a killed worker loses is done again
+
+Rate = TypeVar("Rate", Bandwidth, float)
 
 
 class Effort(StrEnum):
@@ -131,13 +138,14 @@ class TuneResult:
     roofline_gbs: float  # 0 in a prediction
     seconds: float
     path: Path | None
+    roofline_tflops: float = 0.0  # 0 in a prediction, and of decode
     outcomes: tuple[Outcome, ...] = ()  # of every schedule tried, with what was known; none in a prediction
 
     def chosen(self, workload: Workload) -> Record:
         """The record of the selection's pick for a workload that was tuned for."""
-        pick = self.selection.pick(workload.num_seqs, workload.max_seq_len)
+        pick = self.selection.pick_for(workload)
         for record in self.records:
-            if record.schedule == pick and record.workload.seq_lens == workload.seq_lens:
+            if record.schedule == pick and record.workload.lens == workload.lens:
                 return record
         raise InvalidValue("workload", workload.name, "a workload of this run is expected")
 
@@ -218,7 +226,12 @@ def tune(
     budget_s = plan.budget_s if budget_s is None else budget_s
     if not budget_s > 0:
         raise InvalidValue("budget", budget_s, "a positive number of seconds is expected")
-    distinct = tuple({w.seq_lens: w for w in workloads if w.num_tokens}.values())
+    if spec.op not in TUNED:
+        raise InvalidValue("op", spec.op.value, f"allowed: {', '.join(TUNED)}")
+    for workload in workloads:
+        if workload.query_lens and spec.op is Op.DECODE:
+            raise InvalidValue("workload", workload.name, "a batch of decode has no query lengths")
+    distinct = tuple({w.lens: w for w in workloads if w.num_queries}.values())
     if not distinct:
         raise InvalidValue("workloads", [w.name for w in workloads], "at least one token to attend to")
     present = device_of(target).present
@@ -249,9 +262,11 @@ class _Run:
         self.spec, self.target, self.workloads, self.plan, self.seed = spec, target, workloads, plan, seed
         self.database, self.tell, self.present = database, progress, present
         self.space = feasible(spec, target)
+        self.legal = frozenset(self.space)
         self.stamp: Stamp = stamp_of(target, compiler_version(target.kind), measured=present)
         self.found: Found | None = database.find(spec, target.name, self.stamp)
-        self.searched = regimes(workloads)
+        gpu = present and target.kind != "cpu"
+        self.searched = regimes(workloads, SEARCHED["gpu" if gpu else "cpu"])
         identity = self._identity()
         name = study or f"{spec.name} on {target.name}, {content_hash(tuple(identity.values()))[:8]}"
         self.place = Place(storage, name) if storage is not None else None
@@ -260,6 +275,7 @@ class _Run:
             self.batch = max(1, min(plan.batch, math.floor(LOST * plan.trials)))
         self.device = device_name(target.kind)
         self.bandwidth = Bandwidth(0.0, 0.0)
+        self.tflops = 0.0
         self.rejected: list[Rejection] = []
         self.compiled = self.cached = self.passed = self.timed = 0
         self.records: dict[tuple[Schedule, Workload], Record] = {}
@@ -311,6 +327,7 @@ class _Run:
             self.bandwidth.read_gbs,
             time.monotonic() - begin,
             self.path,
+            self.tflops,
             self.outcomes,
         )
 
@@ -319,9 +336,10 @@ class _Run:
     def _measured(self, begin: float, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
         self._level_with(self.known)
         with Ledger(Grid(self.space), self.place, self._identity()) as ledger:
-            self.bandwidth = self._read_rate()
+            self.bandwidth, self.tflops = self._read_rate(), self._product_rate()
             limit = self.bandwidth.limit_gbs
-            enough = geometric_mean([w.kv_bytes(self.spec) / (ENOUGH * limit * 1e3) for w in self.searched])
+            floors = [w.floor_us(self.spec, limit, self.tflops) for w in self.searched]
+            enough = geometric_mean(floors) / ENOUGH
             self.ledger = ledger
             ledger.preload(self.known)
             before = ledger.state()
@@ -402,23 +420,24 @@ class _Run:
             if act.mine:
                 act.result = self._final(self._finalists(outcomes))
             elif act.result:
-                self.bandwidth = Bandwidth(act.result[0].roofline_gbs, act.result[0].roofline_gbs)
+                first = act.result[0]
+                self.bandwidth = Bandwidth(first.roofline_gbs, first.roofline_gbs)
+                self.tflops = first.roofline_tflops
         return act.result
 
     def _known(self) -> Iterable[Outcome]:
         """Schedules on record for exactly this device and these versions, on the searched workloads."""
         if self.found is None or not self.present:
             return
-        times: dict[Schedule, dict[tuple[int, ...], Record]] = {}
-        legal = set(self.space)
+        times: dict[Schedule, dict[Lens, Record]] = {}
         for record in self.found.entry.records:
             exact = record.status is Status.MEASURED and fit(record.stamp, self.stamp) is Fit.EXACT
-            if exact and record.schedule in legal:
-                times.setdefault(record.schedule, {})[record.workload.seq_lens] = record
+            if exact and record.schedule in self.legal:
+                times.setdefault(record.schedule, {})[record.workload.lens] = record
         for schedule, row in times.items():
-            if all(w.seq_lens in row for w in self.searched):
-                mean = geometric_mean([row[w.seq_lens].time_us for w in self.searched])
-                yield Outcome(schedule, mean, records=tuple(row[w.seq_lens] for w in self.searched))
+            if all(w.lens in row for w in self.searched):
+                found = tuple(row[w.lens] for w in self.searched)
+                yield Outcome(schedule, geometric_mean([r.time_us for r in found]), records=found)
 
     def _start(self, ranked: Mapping[Schedule, float]) -> list[Schedule]:
         """Tried first: the default and its neighbours, what won before, the model's favourites, and what won
@@ -430,11 +449,12 @@ class _Run:
         return list(dict.fromkeys(start))
 
     def _ranked(self) -> dict[Schedule, float]:
-        """Schedules and the model's time over the searched workloads, fastest first."""
+        """Schedules and the model's time over three workloads, fastest first."""
+        workloads = regimes(self.workloads)
         pool: Sequence[Schedule] = self.space
         if len(pool) > RANKED:  # the same ones in every worker of a study
             pool = random.Random(self.spec.name).sample(self.space, RANKED)
-        times = {s: geometric_mean([self._predict(s, w) for w in self.searched]) for s in pool}
+        times = {s: geometric_mean([self._predict(s, w) for w in workloads]) for s in pool}
         return dict(sorted(times.items(), key=lambda item: item[1]))
 
     def _predict(self, schedule: Schedule, workload: Workload) -> float:
@@ -479,8 +499,9 @@ class _Run:
         self.best_us = min([*times, *([self.best_us] if self.best_us else [])], default=None)
         share = None
         if self.best_us:
-            at_roofline = [w.kv_bytes(self.spec) / self.bandwidth.read_gbs / 1e3 for w in self.searched]
-            share = geometric_mean(at_roofline) / self.best_us
+            gbs = self.bandwidth.read_gbs
+            floors = [w.floor_us(self.spec, gbs, self.tflops) for w in self.searched]
+            share = geometric_mean(floors) / self.best_us
         self.tell(Tried(tuple(outcomes), self.done, self.best_us, share))
         return outcomes
 
@@ -641,34 +662,48 @@ class _Run:
 
     def _read_rate(self) -> Bandwidth:
         """The read bandwidth, now."""
+        return self._now(bandwidth)
+
+    def _product_rate(self) -> float:
+        """The rate of a large matrix product, now."""
+        return self._now(matmul_tflops)
+
+    def _now(self, rate: Callable[[KernelSpec, str], Rate]) -> Rate:
+        """A rate of the device, measured in the worker."""
         try:
-            return self.workshop.worker.call(bandwidth, self.spec, self.device, timeout_s=MEASURE_S)
+            return self.workshop.worker.call(rate, self.spec, self.device, timeout_s=MEASURE_S)
         except (WorkerFailed, WorkerLost):
             self._check_device()
             raise
 
     def _finalists(self, outcomes: Sequence[Outcome]) -> list[Schedule]:
-        """The fastest over all workloads, and each workload's own fastest."""
+        """The fastest over all workloads, each workload's own fastest, and what is chosen on record.
+
+        What was chosen before may be fastest on a workload that candidates are not timed on while searching:
+        only where it is timed beside the others on all of them is the new choice no worse than the old one.
+        """
         timed = sorted((o for o in outcomes if o.time_us is not None), key=lambda o: o.time_us or 0.0)
         finalists = [o.schedule for o in timed[: self.plan.finalists]]
-        legal = {o.schedule for o in timed}
+        known = {o.schedule for o in timed}
         for workload in self.searched:
-            rows = [r for (s, w), r in self.records.items() if w == workload and s in legal]
+            rows = [r for (s, w), r in self.records.items() if w == workload and s in known]
             finalists += [r.schedule for r in sorted(rows, key=lambda r: r.time_us)[:1]]
+        if self.found is not None and self.found.entry.selection is not None:
+            finalists += [v for v in self.found.entry.selection.variants if v in self.legal]
         if self.simplify:
             finalists += self._simpler(finalists[:1])
         return list(dict.fromkeys(finalists))
 
     def _simpler(self, best: Sequence[Schedule]) -> list[Schedule]:
         """The best with one choice brought back to its default: as fast within the noise, it is preferred."""
-        defaults, legal = self._defaults(), set(self.space)
+        defaults = self._defaults()
         simpler = [
             replace(s, choices=tuple((n, defaults[n] if n == name else v) for n, v in s.choices))
             for s in best
             for name, value in s.choices
             if value != defaults[name]
         ]
-        return [s for s in simpler if s in legal][:SIMPLER]
+        return [s for s in simpler if s in self.legal][:SIMPLER]
 
     def _final(self, finalists: Sequence[Schedule]) -> tuple[Record, ...]:
         """Gate again on fresh inputs, then time all together on every workload, no halving."""
@@ -676,9 +711,9 @@ class _Run:
         usable = self._compile(finalists, reasons)
         verified, library = self._gate(usable, self.seed + 1, reasons, again=True)
         rounds = (self.plan.final_rounds,)
-        before = self._read_rate()
+        before, tflops = self._read_rate(), self._product_rate()
         raced = self._race(library, verified, self.workloads, rounds, reasons, None, "retime")
-        after = self._read_rate()
+        after, self.tflops = self._read_rate(), (tflops + self._product_rate()) / 2
         self.bandwidth = Bandwidth(
             (before.read_gbs + after.read_gbs) / 2, max(before.limit_gbs, after.limit_gbs)
         )
@@ -703,6 +738,7 @@ class _Run:
             timing=timing,
             roofline_gbs=self.bandwidth.read_gbs,
             verdict=verdict,
+            roofline_tflops=self.tflops,
         )
         self.records[schedule, workload] = record
         return record
@@ -755,7 +791,9 @@ class _Run:
         )
         times = {s: {w: self._predict(s, w) for w in self.workloads} for s in usable}
         selection = self._selected(times, Status.PREDICTED)
-        return replace(selection, expected_regret=self.calibration.expected_regret), records, stop
+        if self.spec.op is Op.DECODE:  # whose picks were held against a device's own best
+            selection = replace(selection, expected_regret=self.calibration.expected_regret)
+        return selection, records, stop
 
     # ---- both ----
 
@@ -794,27 +832,28 @@ def pruned(ranked: Mapping[Schedule, float], trials: int, seed: str) -> tuple[Sc
 
 
 def spread(workloads: Sequence[Workload], count: int) -> tuple[Workload, ...]:
-    """At most ``count`` workloads, evenly spaced among all by their number of tokens, ends included."""
-    if len(workloads) <= count:
-        return tuple(workloads)
-    ordered = sorted(workloads, key=lambda w: (w.num_tokens, w.max_seq_len, w.name))
+    """At most ``count`` workloads, evenly spaced among all by their number of tokens, ends included.
+
+    Of equally many tokens, those of the fewest queries and sequences come first.
+    """
+    ordered = sorted(workloads, key=lambda w: (w.num_tokens, w.num_queries, w.num_seqs, w.name))
+    if len(ordered) <= count:
+        return tuple(ordered)
     return tuple(ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count))
 
 
-def regimes(workloads: Sequence[Workload]) -> tuple[Workload, ...]:
-    """What candidates are timed on: the least and the most tokens, and the most skewed or the middle batch.
+def regimes(workloads: Sequence[Workload], count: int = REGIMES) -> tuple[Workload, ...]:
+    """At most ``count``, 3 or more, to time candidates on: from the least to the most tokens, the most skewed
+    among them.
 
     A short batch is bound by latency, a long one by bytes, and one with a long sequence among short ones by
     how it is shared out: a schedule that is good at two of them may be bad at the third.
     """
-    chosen = spread(workloads, SEARCHED)
-    # of equally few tokens, those of the fewest sequences: that batch waits for latency the most
-    least = min(workloads, key=lambda w: (w.num_tokens, w.num_seqs, w.name))
-    chosen = (least, *(w for w in chosen[1:] if w != least))
+    chosen = spread(workloads, count)  # the first of them waits for latency the most
     skewed = max(workloads, key=_skew)
-    if _skew(skewed) < SKEWED or skewed in chosen or len(chosen) < SEARCHED:
+    if _skew(skewed) < SKEWED or skewed in chosen or len(chosen) < count:
         return chosen
-    return (chosen[0], skewed, chosen[-1])
+    return (chosen[0], skewed, *chosen[2:])
 
 
 def _skew(workload: Workload) -> float:

@@ -24,6 +24,7 @@ from pagedgen.values.record import Status
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.target import Target
+from pagedgen.values.workload import Lens
 
 GUESSES = 6
 NEIGHBOURS = 1  # specs whose times are a belief about this one's
@@ -71,24 +72,22 @@ def timings(
     for choice in _nearest(database, spec, target):
         if len(found) == count:
             break
-        if choice.selection.status is Status.PREDICTED:
-            continue
         try:
             entry = read(choice.path)
         except MalformedFile:  # whoever needs this file will say what is wrong with it
             continue
-        times: dict[Schedule, dict[tuple[int, ...], float]] = {}
+        times: dict[Schedule, dict[Lens, float]] = {}
         for record in entry.records if entry is not None else ():
             if record.status is Status.MEASURED:
                 schedule = _in_fields(record.schedule, defaults)
-                times.setdefault(schedule, {})[record.workload.seq_lens] = record.time_us
+                times.setdefault(schedule, {})[record.workload.lens] = record.time_us
         rows = _widest(times)
         if len(rows) >= ENOUGH:
             found.append(rows)
     return found
 
 
-def _widest(times: Mapping[Schedule, Mapping[tuple[int, ...], float]]) -> dict[Schedule, float]:
+def _widest(times: Mapping[Schedule, Mapping[Lens, float]]) -> dict[Schedule, float]:
     """Geometric means over the batches that the most schedules met, of those that met them all."""
     met = Counter(batch for row in times.values() for batch in row)
     if not met:

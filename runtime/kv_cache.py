@@ -12,6 +12,7 @@ from pagedgen.errors import InvalidPool
 from pagedgen.runtime.arrays import I32, I64
 from pagedgen.runtime.attention import TORCH_DTYPES, Attention
 from pagedgen.runtime.block_pools import BlockPools, upload
+from pagedgen.runtime.huge_pages import use_huge_pages
 from pagedgen.runtime.kv_layout import KVLayout
 from pagedgen.runtime.kv_scales import set_scales
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op, Rope
@@ -126,11 +127,13 @@ class KVCache:
         self.shape, self.num_blocks, self.device = shape, num_blocks, torch.device(device)
         planes = shape.layout.planes
         # Zeros, not what was there: a masked key times a NaN of old memory would be NaN.
-        self.storage = torch.zeros(
+        self.storage = torch.empty(
             (shape.num_layers, planes, num_blocks + 1, shape.page_bytes),
             dtype=torch.uint8,
             device=self.device,
         )
+        use_huge_pages(self.storage)
+        self.storage.zero_()
         pin = self.device.type == "cuda"
         self.host = torch.empty(
             (num_host_blocks, shape.num_layers, planes, shape.page_bytes), dtype=torch.uint8, pin_memory=pin

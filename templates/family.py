@@ -81,6 +81,13 @@ class Family(ABC):
     def fields(self, spec: KernelSpec, target: Target) -> tuple[Field, ...]:
         """The schedule fields, each with its values for this spec and target."""
 
+    def meaningless(self, choices: Mapping[str, Choice]) -> bool:
+        """Whether some of the choices mean nothing beside the others; constraints say so, too.
+
+        Of a large product most combinations are such; what this says at once need not be computed for each.
+        """
+        return False
+
     @abstractmethod
     def constraints(self) -> tuple[Constraint, ...]:
         """Relations over the names of :meth:`symbols`."""

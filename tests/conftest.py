@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pagedgen.compiler import link
 from pagedgen.compiler.binary import Binary, Source
 from pagedgen.compiler.build import Choice, build
 from pagedgen.compiler.compile import compile_source
@@ -31,6 +38,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def no_shipped_records(monkeypatch, tmp_path_factory) -> None:
     """Tests make their own records: what ships changes with every release."""
     monkeypatch.setattr("pagedgen.cache.SHIPPED", tmp_path_factory.getbasetemp() / "nothing-shipped")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def linked_once(tmp_path_factory) -> Iterator[None]:
+    """A library of the same launcher and kernels as one before is a copy of that one.
+
+    The same inputs give the same bytes (test_link), and a launcher takes 0.5 s to compile. Workers share
+    what is kept.
+    """
+    base, compile_library = tmp_path_factory.getbasetemp(), link.compile_library
+    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "linked"
+    kept.mkdir(exist_ok=True)
+
+    def put(library: Path, out: Path) -> Path:
+        """A copy, there in one step: what it replaces may be loaded."""
+        with tempfile.TemporaryDirectory(dir=out.parent) as name:
+            return shutil.copy(library, Path(name) / out.name).replace(out)
+
+    def once(assembly: link.Assembly, out: Path) -> Path:
+        key = repr((assembly, link.host_compiler()))
+        first = kept / f"{hashlib.sha256(key.encode()).hexdigest()}.so"
+        if first.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            return put(first, out)
+        put(compile_library(assembly, out), first)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("link", "build"):
+            patch.setattr(f"pagedgen.compiler.{module}.compile_library", once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -53,8 +53,7 @@ class Pick:
     @classmethod
     def of(cls, selection: Selection, workload: Workload) -> Pick:
         """What a recorded selection has for a workload."""
-        schedule = selection.pick(workload.num_seqs, workload.max_seq_len)
-        return cls(schedule, selection.status.value)
+        return cls(selection.pick_for(workload), selection.status.value)
 
 
 def recorded_selection(

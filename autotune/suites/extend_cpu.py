@@ -8,12 +8,10 @@ large float32 matrices, on the same cores in the same run.
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from pagedgen.autotune.roofline import cpu_matmul_tflops
 from pagedgen.autotune.suites import peers_cpu, peers_extend_cpu
 from pagedgen.autotune.suites.contest import contest, ours
 from pagedgen.autotune.suites.output import Output
@@ -23,10 +21,9 @@ from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
 
 ROUNDS = 7
-SIZE = 2048  # of the matrices
 PROMPT = Workload.chunks(1, 1024, 1024)
 CHUNKS = Workload.chunks(4, 128, 1024)
-MIXED = Workload("1x256of1024+15x1of1024", (1024,) * 16, (256,) + (1,) * 15)
+MIXED = Workload.parse("1x256of1024+15x1of1024", Op.EXTEND)
 
 
 def spec_of(kv: DType, window: int | None = None) -> KernelSpec:
@@ -58,17 +55,6 @@ def jobs() -> tuple[Job, ...]:
     return tuple(found)
 
 
-def matmul_tflops() -> float:
-    """The best rate of torch's product of two float32 matrices: TFLOP/s."""
-    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return float(2 * SIZE**3 / min(times) / 1e12)
-
-
 def run(output: Output) -> Report:
     """All cases that are wanted, on all cores this process may use."""
     cpu, todo = target("cpu"), output.chosen(jobs())
@@ -78,5 +64,5 @@ def run(output: Output) -> Report:
             output.note(f"extend-cpu: {job.name}")
             contenders = [ours(job.spec, cpu, job.workload, "cpu", Path(folder))]
             rows, _ = contest([*contenders, *peers_extend_cpu.peers(job.spec, job.workload)], ROUNDS)
-            draft.add(Case(job.name, job.spec, job.workload, rows, (), matmul_tflops()))
+            draft.add(Case(job.name, job.spec, job.workload, rows, (), cpu_matmul_tflops()))
     return draft.finish(peers_cpu.missing())

@@ -84,8 +84,8 @@ def jobs() -> tuple[Job, ...]:
         for batch in batches:
             found.append(Job(f"{batch.name}, {kv.value}", spec_of(q=q, kv=kv), batch, every_tile=True))
     prompts = Workload.chunks(4, 4096, 4096)
-    mixed = Workload("2x1024of4096+62x1of2048", (4096,) * 2 + (2048,) * 62, (1024,) * 2 + (1,) * 62)
-    ragged = Workload("1x8192+31x256", (8192,) + (256,) * 31, (8192,) + (256,) * 31)
+    mixed = Workload.parse("2x1024of4096+62x1of2048", Op.EXTEND)
+    ragged = Workload.parse("1x8192+31x256", Op.EXTEND)
     others = [
         (spec_of(), mixed),
         (spec_of(), ragged),

@@ -236,26 +236,28 @@ class Swaps:
         words = spec.block_size * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.size // 8
         self.way, pinned = job.swap, device == "cuda"
         self.here = torch.zeros(2 * job.num_layers, 2 * num * count, words, dtype=torch.int64, device=device)
-        shape = (2 * job.num_layers, num * count, words)
+        # A turn's in one piece: torch copies no others to pinned memory while a graph is captured.
+        shape = (count, 2 * job.num_layers, num, words)
         self.there = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
-        self.flat = torch.zeros(count, shape[0] * num * words, dtype=torch.int64, pin_memory=pinned)
+        self.flat = torch.zeros(count, self.there[0].numel(), dtype=torch.int64, pin_memory=pinned)
         self.flat_here = torch.zeros(self.flat.shape, dtype=torch.int64, device=device)
-        pools = BlockPools.stacked(self.here), BlockPools.stacked(self.there, device)
-        self.src, self.dst = pools if self.way == "out" else pools[::-1]
+        here = BlockPools.stacked(self.here)
+        there = [BlockPools.stacked(pools, device) for pools in self.there]
+        self.ways = [(here, pools) if self.way == "out" else (pools, here) for pools in there]
         blocks = torch.randperm(2 * num * count, device=device)[: num * count].view(count, num)
-        places = torch.arange(num * count, device=device).view(count, num)
+        places = torch.arange(num, device=device).expand(count, num)
         ids = (blocks, places) if self.way == "out" else (places, blocks)
         self.pairs = torch.stack(ids, dim=2).contiguous()
-        self.blocks, self.num = blocks, num
+        self.blocks = blocks
 
     def ours(self, library: Library, turn: int) -> None:
         """A call of the library's operator: the kernel reaches host memory by itself."""
-        src, dst = self.src, self.dst
+        src, dst = self.ways[turn]
         library.copy_blocks(src.origin, dst.origin, src.table, dst.table, self.pairs[turn], max(src.pages), 0)
 
     def torchs(self, turn: int) -> None:
         """The same by torch's operators: through a staging buffer on the device."""
-        theirs = self.there[:, turn * self.num : (turn + 1) * self.num]
+        theirs = self.there[turn]
         if self.way == "out":
             theirs.copy_(self.here.index_select(1, self.blocks[turn]), non_blocking=True)
         else:

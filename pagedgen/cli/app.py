@@ -128,8 +128,24 @@ ScheduleText = Annotated[
     ),
 ]
 Batch = Annotated[
-    str,
-    typer.Option("--workload", metavar="NxLEN", help="Batch size x KV tokens of each.", rich_help_panel=HOW),
+    str | None,
+    typer.Option(
+        "--workload",
+        metavar="NxLEN",
+        help="Batch size x KV tokens of each; 4x512of4096: the last 512 are queries; parts are joined by +.  "
+        "[dim]\\[default: 32x4096, or 4x512of4096][/]",
+        rich_help_panel=HOW,
+    ),
+]
+Operator = Annotated[
+    str | None,
+    typer.Option(
+        "--op",
+        metavar="NAME",
+        help="decode, extend, verify or write_kv, with the window, soft cap and sinks of the model's "
+        "layers.  [dim]\\[default: decode without][/]",
+        rich_help_panel=WHAT,
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="JSON on stdout, everything else on stderr.", rich_help_panel=OUTPUT)
@@ -170,6 +186,15 @@ def pagedgen(
 
 @app.command()
 def tune(
+    ops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="decode, extend, verify, with the windows, soft cap and sinks of every layer of the model: "
+            "what [b]build --model[/] looks for.  [dim]\\[default: decode without][/]",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     gpu: Gpu = None,
     cpu: Cpu = False,
     model: Model = None,
@@ -237,6 +262,7 @@ def tune(
       [b]pagedgen tune[/] --cpu --trace sample --effort quick --out llama.pack
       [b]pagedgen tune[/] --gpu a100 --model llama-3-8b --kv-dtype fp8_e4m3
       [b]pagedgen tune[/] --model ./config.json --tp 4 --kv-dtype bf16,fp8_e4m3
+      [b]pagedgen tune[/] --model gemma-2-9b --ops decode,extend     prompts as well
       [b]pagedgen tune[/] --head-dim 80 --budget 5m --json > tuned.json
       [b]pagedgen tune[/] --storage postgresql+psycopg://tuner@db/studies     on every host alike
     """
@@ -257,6 +283,7 @@ def tune(
         kv_scale=kv_scale,
         k_inner=k_inner,
         lse=lse,
+        ops=ops,
     )
     run(
         job,
@@ -359,6 +386,7 @@ def inspect(
 
 @app.command()
 def generate(
+    op: Operator = None,
     gpu: Gpu = None,
     cpu: Cpu = False,
     model: Model = None,
@@ -383,6 +411,7 @@ def generate(
     \b
       [b]pagedgen generate[/] --gpu h100 --model llama-3-8b --kv-dtype fp8_e4m3
       [b]pagedgen generate[/] --gpu a100 --schedule tile=128,num_warps=8 --out kernel.py
+      [b]pagedgen generate[/] --gpu h100 --op extend
     """
     from pagedgen.cli.generate import run
     from pagedgen.cli.options import Job
@@ -401,12 +430,14 @@ def generate(
         kv_scale=kv_scale,
         k_inner=k_inner,
         lse=lse,
+        ops=op,
     )
     run(job, schedule=schedule, out=out, as_json=json)
 
 
 @app.command()
 def explain(
+    op: Operator = None,
     gpu: Gpu = None,
     cpu: Cpu = False,
     model: Model = None,
@@ -421,7 +452,7 @@ def explain(
     k_inner: KInner = None,
     lse: Lse = False,
     schedule: ScheduleText = None,
-    workload: Batch = "32x4096",
+    workload: Batch = None,
     json: Json = False,
 ) -> None:
     """Print the schedule space, its constraints and the cost model, with the numbers put in.
@@ -430,6 +461,7 @@ def explain(
 
     \b
       [b]pagedgen explain[/] --gpu a100 --kv-dtype fp8_e4m3 --workload 8x4096
+      [b]pagedgen explain[/] --gpu h100 --op extend --workload 1x2048+31x1of4096
     """
     from pagedgen.cli.explain import run
     from pagedgen.cli.options import Job
@@ -448,6 +480,7 @@ def explain(
         kv_scale=kv_scale,
         k_inner=k_inner,
         lse=lse,
+        ops=op,
     )
     run(job, schedule=schedule, workload=workload, as_json=json)
 

@@ -12,7 +12,6 @@ from pagedgen.autotune.database import Database, Entry, Found, recorded
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.gating import verdict_on
 from pagedgen.autotune.measure import device_name
-from pagedgen.autotune.select import ANY
 from pagedgen.autotune.worker import Worker
 from pagedgen.cli import console
 from pagedgen.cli.options import Job
@@ -21,7 +20,7 @@ from pagedgen.compiler.families import family_for
 from pagedgen.compiler.link import link
 from pagedgen.compiler.space import default_schedule
 from pagedgen.errors import GateFailure, NoCandidate
-from pagedgen.values.manifest import Rule
+from pagedgen.values.manifest import ANY, Rule
 from pagedgen.values.record import Record, Status, Verdict
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec

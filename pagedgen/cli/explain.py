@@ -10,19 +10,23 @@ from rich.markup import escape
 from pagedgen.autotune.calibration import RankError, rank_errors
 from pagedgen.autotune.database import recorded
 from pagedgen.cli import console
-from pagedgen.cli.options import Job, batch, schedule_of
+from pagedgen.cli.options import Job, schedule_of
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.families import family_for
 from pagedgen.compiler.space import feasible
 from pagedgen.values import codec
-from pagedgen.values.spec import KernelSpec
+from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
+from pagedgen.values.workload import Workload
+
+WORKLOAD = {True: "32x4096", False: "4x512of4096"}  # of decode, and of what has queries
 
 
-def run(job: Job, *, schedule: str | None, workload: str, as_json: bool) -> None:
+def run(job: Job, *, schedule: str | None, workload: str | None, as_json: bool) -> None:
     """Print four tables: fields, constraints, costs and the symbols behind them."""
     job.warn()
-    spec, target, work = job.only, job.target, batch(workload)
+    spec, target = job.only, job.target
+    work = Workload.parse(workload or WORKLOAD[spec.op is Op.DECODE], spec.op)
     family = family_for(spec, target)
     chosen, origin = schedule_of(spec, target, schedule)
     legal = feasible(spec, target)

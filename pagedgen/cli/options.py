@@ -15,7 +15,6 @@ from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op, parse_d
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import cpu_target, detect, target
 from pagedgen.values.trace import Trace, read_trace, sample_trace
-from pagedgen.values.workload import Workload
 
 DEFAULT_MODEL = "llama-3-8b"
 
@@ -178,18 +177,6 @@ def seconds(text: str) -> float:
     if value <= 0:
         raise InvalidValue("budget", text, "a time like 90s, 10m or 2h is expected")
     return value
-
-
-def batch(text: str) -> Workload:
-    """``32x8192``: 32 sequences of 8192 tokens.
-
-    Raises:
-        InvalidValue: not of that form.
-    """
-    found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
-    if not found or not int(found[1]):
-        raise InvalidValue("workload", text, "sequences x tokens of each, like 32x8192, is expected")
-    return Workload.uniform(int(found[1]), int(found[2]))
 
 
 def trace_of(path: Path, seed: int) -> Trace:

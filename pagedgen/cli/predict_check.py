@@ -10,6 +10,7 @@ from pagedgen.cli import console
 from pagedgen.errors import NoCandidate
 from pagedgen.values import codec
 from pagedgen.values.record import Record, Status
+from pagedgen.values.spec import Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import target
 
@@ -56,9 +57,8 @@ def run(source: str, goal: str, *, as_json: bool) -> None:
 
 
 def _measured(where: Target) -> list[Record]:
-    records = [
-        r for e in Database().entries(where.name) for r in e.entry.records if r.status is Status.MEASURED
-    ]
+    entries = [e.entry for e in Database().entries(where.name) if e.entry.spec.op is Op.DECODE]
+    records = [r for entry in entries for r in entry.records if r.status is Status.MEASURED]
     if not records:
         raise NoCandidate(f"nothing measured on {where.name} is on record: pagedgen tune, on such a device")
     return records

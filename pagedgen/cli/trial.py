@@ -1,4 +1,4 @@
-"""A built pack, loaded as a serving process would load it, decoding batches it was tuned for."""
+"""A built pack, loaded as a serving process would load it, called with batches it was tuned for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from pagedgen.autotune.measure import pool_layout
-from pagedgen.compiler.verify import judge, make_inputs
+from pagedgen.compiler.verify import Inputs, judge, make_inputs
 from pagedgen.errors import GateFailure
-from pagedgen.runtime.attention import load
+from pagedgen.runtime.attention import Attention, load
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.workload import Workload
 
@@ -21,7 +21,7 @@ WARM, CALLS = 3, 25
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class Called:
     """One batch: median time of a call as Python makes it, and its error against the float64 reference."""
 
     spec: str
@@ -32,8 +32,8 @@ class Decoded:
     allowed: float
 
 
-def try_pack(pack: Path, workloads: Mapping[KernelSpec, Sequence[Workload]]) -> tuple[float, list[Decoded]]:
-    """Load a pack, in milliseconds, and decode every workload with it.
+def try_pack(pack: Path, workloads: Mapping[KernelSpec, Sequence[Workload]]) -> tuple[float, list[Called]]:
+    """Load a pack, in milliseconds, and call its kernels with every workload.
 
     Raises:
         GateFailure: an output is not what the reference allows.
@@ -46,22 +46,12 @@ def try_pack(pack: Path, workloads: Mapping[KernelSpec, Sequence[Workload]]) -> 
     rows = []
     for spec, batches in workloads.items():
         for batch in batches:
-            inputs = make_inputs(spec, batch.seq_lens, device, seed=1, pool=pool_layout(device))
+            lens = batch.lens_of_queries
+            inputs = make_inputs(spec, batch.seq_lens, device, 1, query_lens=lens, pool=pool_layout(device))
             times = []
             for _ in range(WARM + CALLS):
                 start = time.perf_counter()
-                attention.decode(
-                    inputs.q,
-                    inputs.k,
-                    inputs.v,
-                    inputs.block_table,
-                    inputs.seq_lens,
-                    out=inputs.out,
-                    lse=inputs.lse,
-                    k_scale=inputs.k_scale,
-                    v_scale=inputs.v_scale,
-                    spec=spec,
-                )
+                _call(attention, spec, inputs)
                 if device == "cuda":
                     torch.cuda.synchronize()
                 times.append((time.perf_counter() - start) * 1e6)
@@ -70,5 +60,27 @@ def try_pack(pack: Path, workloads: Mapping[KernelSpec, Sequence[Workload]]) -> 
                 raise GateFailure(f"{pack}: {spec.name} on {batch.name}: {reason}")
             call_us = statistics.median(times[WARM:])
             gbs = batch.kv_bytes(spec) / call_us / 1e3
-            rows.append(Decoded(spec.name, batch.name, call_us, gbs, error, allowed))
+            rows.append(Called(spec.name, batch.name, call_us, gbs, error, allowed))
     return load_ms, rows
+
+
+def _call(attention: Attention, spec: KernelSpec, inputs: Inputs) -> None:
+    queries = [] if inputs.cu_seqlens_q is None else [inputs.cu_seqlens_q]
+    given = {
+        name: tensor
+        for name in ("k_scale", "v_scale", "sinks", "alibi_slopes")
+        if (tensor := getattr(inputs, name)) is not None
+    }
+    getattr(attention, spec.op.value)(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.block_table,
+        inputs.seq_lens,
+        *queries,
+        out=inputs.out,
+        lse=inputs.lse,
+        softmax_scale=inputs.softmax_scale,
+        spec=spec,
+        **given,
+    )

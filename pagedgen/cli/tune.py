@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,30 +13,18 @@ from pagedgen.autotune.device import device_of
 from pagedgen.autotune.events import Event, Started, Step, Tried, Warned
 from pagedgen.autotune.ledger import open_storage
 from pagedgen.autotune.plots import check_folder, draw
-from pagedgen.autotune.tune import Effort, TuneResult, Workshop, tune
+from pagedgen.autotune.tune import TUNED, Effort, TuneResult, Workshop, tune
 from pagedgen.cli import build, console
-from pagedgen.cli.options import Job, seconds, trace_of
-from pagedgen.cli.trial import Decoded, try_pack
+from pagedgen.cli.batches import workloads_of
+from pagedgen.cli.options import Job, seconds
+from pagedgen.cli.trial import Called, try_pack
 from pagedgen.compiler.build import check_place
 from pagedgen.compiler.families import family_for
 from pagedgen.errors import InvalidValue
 from pagedgen.values import codec
 from pagedgen.values.record import Status
-from pagedgen.values.spec import KernelSpec
-from pagedgen.values.trace import decode_workloads
+from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.workload import Workload
-
-# Without a trace: (sequences, tokens of each), from one long request to many short ones.
-GRID = {
-    "cpu": ((1, 2048), (4, 2048), (16, 2048), (1, 16384)),
-    "gpu": ((1, 1024), (1, 8192), (8, 4096), (128, 1024), (32, 8192)),
-}
-# And batches of unequal lengths: drawn evenly between two bounds, and one long one among short ones. They are
-# (sequences, shortest, longest) and (tokens of the long one, sequences beside it, tokens of each).
-RAGGED = {"cpu": (16, 128, 4096), "gpu": (32, 128, 16384)}
-SKEWED = {"cpu": (16384, 15, 512), "gpu": (131072, 63, 1024)}
-BATCHES = {"cpu": (1, 4, 16, 64), "gpu": (1, 8, 32, 128)}  # sizes of the batches drawn from a trace
-MOST_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # of KV in one workload
 
 
 def run(
@@ -66,6 +53,10 @@ def run(
     if plots is not None:
         check_folder(plots)
     for spec in job.specs:
+        if spec.op not in TUNED:
+            raise InvalidValue(
+                "ops", spec.op.value, f"a comma list of {', '.join(TUNED)}: others have no batches"
+            )
         family_for(spec, job.target)
     present = device_of(job.target).present
     device = device_of(job.target).name if present else "not on this machine: times are predictions"
@@ -101,7 +92,7 @@ def run(
                     console.note(f"{path}")
             if not as_json:
                 show(results[-1], workloads[spec])
-    tried: list[Decoded] = []
+    tried: list[Called] = []
     if out is not None:
         entries = [Entry(r.spec, r.target.name, r.records, r.selection) for r in results]
         parts = [build.Part.of(entry) for entry in entries]
@@ -115,42 +106,7 @@ def run(
     if as_json:
         data = [summary(result, workloads[result.spec]) for result in results]
         pack = build.summary(out, parts) if out is not None else None
-        console.emit({"results": data, "pack": pack, "decoded": [codec.encode(row) for row in tried]})
-
-
-def workloads_of(spec: KernelSpec, kind: str, trace: Path | None, seed: int) -> tuple[Workload, ...]:
-    """The batches to tune for, of the trace or of the grid; those that need too much memory are left out."""
-    group = "cpu" if kind == "cpu" else "gpu"
-    if trace is None:
-        made = (*(Workload.uniform(n, length) for n, length in GRID[group]), *unequal(group))
-    else:
-        made = decode_workloads(trace_of(trace, seed), BATCHES[group], seed)
-    kept = tuple(w for w in made if w.cache_bytes(spec) <= MOST_BYTES[group]) or (min(made, key=_tokens),)
-    for workload in made:
-        if workload not in kept:
-            size = workload.cache_bytes(spec) / 2**30
-            console.note(
-                f"left out: {workload.name}, {size:.1f} GiB of KV ({MOST_BYTES[group] >> 30} GiB at most)"
-            )
-    return kept
-
-
-def unequal(group: str) -> tuple[Workload, Workload]:
-    """The ragged and the skewed batch of the grid; the same in every run, so that records are found again."""
-    count, shortest, longest = RAGGED[group]
-    lengths = [shortest + round(i * (longest - shortest) / (count - 1)) for i in range(count)]
-    random.Random(0).shuffle(lengths)
-    long, others, short = SKEWED[group]
-    beside = [short] * others
-    beside.insert(others // 3, long)
-    return (
-        Workload(f"{count}x{shortest}-{longest}", tuple(lengths)),
-        Workload(f"1x{long}+{others}x{short}", tuple(beside)),
-    )
-
-
-def _tokens(workload: Workload) -> int:
-    return workload.num_tokens
+        console.emit({"results": data, "pack": pack, "called": [codec.encode(row) for row in tried]})
 
 
 class Watch:
@@ -162,11 +118,13 @@ class Watch:
         self.name = ""
         self.trials = 0
         self.best = ""
+        self.bound = ""
 
     def __call__(self, event: Event) -> None:
         """Take an event."""
         if isinstance(event, Started):
             self.name, self.trials = event.spec.name, event.trials
+            self.bound = "the read bandwidth" if event.spec.op is Op.DECODE else "the roofline"
             how = "measured" if event.measured else "predicted"
             known = f", {event.known} of them on record" if event.known else ""
             console.note(f"{self.name}: {event.trials} of {event.space} schedules to try{known}, {how}")
@@ -176,7 +134,7 @@ class Watch:
         elif self.task is not None and isinstance(event, Step):
             self.bars.update(self.task, description=f"{event.phase} {event.done}/{event.total}{self.best}")
         elif self.task is not None and isinstance(event, Tried):
-            share = f", {event.share:.0%} of the read bandwidth" if event.share else ""
+            share = f", {event.share:.0%} of {self.bound}" if event.share else ""
             self.best = f", best {event.best_us:,.1f} µs{share}" if event.best_us else ""
             self.bars.update(self.task, completed=event.done)
             if self.bars.disable:
@@ -185,21 +143,24 @@ class Watch:
 
 def show(result: TuneResult, workloads: Sequence[Workload]) -> None:
     """The result table of one spec."""
-    measured = result.status is Status.MEASURED
-    columns = ["batch", ">KV tokens", ">µs" if measured else ">µs predicted", ">GB/s", ">kernel"]
-    if measured:
-        columns[3:3] = [">p10-p90"]
-        columns[5:5] = [">of read rate"]
+    measured, decode = result.status is Status.MEASURED, result.spec.op is Op.DECODE
+    columns = ["batch", ">KV tokens", ">µs" if measured else ">µs predicted"]
+    columns += [">p10-p90"] if measured else []
+    columns += [">GB/s"] if decode else [">TFLOP/s", ">GB/s"]
+    columns += [">of read rate" if decode else ">of roofline"] if measured else []
     rows = []
     for workload in workloads:
         record = result.chosen(workload)
-        row = [workload.name, f"{workload.num_tokens:,}", f"{record.time_us:,.1f}", f"{record.gbs:,.1f}"]
-        row.append(str(result.selection.variants.index(record.schedule)))
-        if record.timing:
-            row[3:3] = [f"{record.timing.low_us:,.1f}-{record.timing.high_us:,.1f}"]
-            row[5:5] = [f"{record.roofline_share:.0%}"]
-        rows.append(row)
+        row = [workload.name, f"{workload.num_tokens:,}", f"{record.time_us:,.1f}"]
+        row += [f"{record.timing.low_us:,.1f}-{record.timing.high_us:,.1f}"] if record.timing else []
+        row += [] if decode else [f"{record.tflops:,.3g}"]
+        row += [f"{record.gbs:,.1f}"]
+        row += [f"{record.roofline_share:.0%}"] if record.timing else []
+        rows.append([*row, str(result.selection.variants.index(record.schedule))])
+    columns.append(">kernel")
     how = f"measured; read rate {result.roofline_gbs:,.1f} GB/s" if measured else "predicted, not measured"
+    if result.roofline_tflops:
+        how += f", matrix product {result.roofline_tflops:,.3g} TFLOP/s"
     if result.selection.expected_regret is not None:
         how += (
             f"; such picks are {result.selection.expected_regret:.1%} off a device's own best in the median"
@@ -215,9 +176,9 @@ def show(result: TuneResult, workloads: Sequence[Workload]) -> None:
     )
 
 
-def _show_trial(load_ms: float, rows: Sequence[Decoded]) -> None:
+def _show_trial(load_ms: float, rows: Sequence[Called]) -> None:
     console.table(
-        f"The pack, loaded in {load_ms:.1f} ms, decoding (the same inputs each call)",
+        f"The pack, loaded in {load_ms:.1f} ms, at work (the same inputs each call)",
         ("spec", "batch", ">µs a call", ">GB/s", ">largest error", ">allowed there"),
         (
             (r.spec, r.batch, f"{r.call_us:,.1f}", f"{r.gbs:,.1f}", f"{r.error:.2g}", f"{r.allowed:.2g}")
@@ -236,11 +197,13 @@ def summary(result: TuneResult, workloads: Sequence[Workload]) -> dict[str, obje
                 "workload": workload.name,
                 "num_seqs": workload.num_seqs,
                 "num_tokens": workload.num_tokens,
+                "num_queries": workload.num_queries,
                 "schedule": dict(record.schedule.choices),
                 "time_us": record.time_us,
                 "predicted_us": record.predicted_us,
                 "timing": codec.encode(record.timing),
                 "gbs": record.gbs,
+                "tflops": record.tflops,
                 "roofline_share": record.roofline_share if record.timing else None,
             }
         )
@@ -250,6 +213,7 @@ def summary(result: TuneResult, workloads: Sequence[Workload]) -> dict[str, obje
         "target": result.target.name,
         "status": result.status.value,
         "roofline_gbs": result.roofline_gbs or None,
+        "roofline_tflops": result.roofline_tflops or None,
         "workloads": rows,
         "selection": codec.encode(result.selection),
         "counts": {

@@ -168,6 +168,16 @@ def _looks_ahead(schedule: Schedule) -> bool:
     return schedule.template == "triton-decode" and schedule.int("pdl") == 2
 
 
+def _cluster_of(binary: Binary) -> dict[str, int]:
+    """Programs of a cluster, 0 where there is none, and the static shared memory that they write to."""
+    from pagedgen.templates.triton.decode import box_bytes, cluster_of
+
+    source = binary.source
+    if source.schedule.template != "triton-decode":
+        return {"cluster": 0, "box_bytes": 0}
+    return {"cluster": cluster_of(source.schedule), "box_bytes": box_bytes(source.spec, source.schedule)}
+
+
 def _assemble_gpu(
     binaries: Sequence[Binary], shared: Mapping[str, object], spec: KernelSpec, embed: Embed
 ) -> Assembly:
@@ -191,6 +201,7 @@ def _assemble_gpu(
                 "smem_bytes": binary.resources.smem_bytes,
                 "own": _own_fields(binary.source.schedule),
                 "ahead": _looks_ahead(binary.source.schedule),
+                **_cluster_of(binary),
                 **names,
             }
         )
@@ -208,14 +219,14 @@ def _assemble_gpu(
     )
     first = binaries[0].source
     literals: Mapping[str, Any] = family_for(spec, first.target).context(spec, first.target, first.schedule)
-    own: dict[str, object] = {}
+    own: dict[str, object] = {"clustered": any(variant["cluster"] for variant in variants)}
     if spec.op is Op.DECODE:
-        own = {"rows": literals["rows"], "programs": literals["programs"]}
+        own |= {"rows": literals["rows"], "programs": literals["programs"]}
         own["ahead"] = any(variant["ahead"] for variant in variants)
     elif spec.op is Op.VERIFY:
-        own = {"programs": spec.num_kv_heads}
+        own["programs"] = spec.num_kv_heads
     elif spec.op is Op.COPY_BLOCKS:
-        own = {"unit_bytes": literals["unit"]}
+        own["unit_bytes"] = literals["unit"]
     source = (
         environment()
         .get_template("launcher/gpu.cc.j2")

@@ -54,6 +54,8 @@ def feasible(spec: KernelSpec, target: Target) -> tuple[Schedule, ...]:
     found = []
     for values in itertools.product(*(field.values for field in fields)):
         choices = {field.name: value for field, value in zip(fields, values, strict=True)}
+        if family.meaningless(choices):
+            continue
         schedule = Schedule.of(family.name, **choices)
         if is_legal(spec, target, schedule):
             found.append(schedule)

@@ -15,7 +15,7 @@ from typing import Any
 from pagedgen.compiler.binary import Binary, Source
 from pagedgen.compiler.sass import lost_descriptors
 from pagedgen.errors import CompileError, ToolMissing
-from pagedgen.templates.triton.decode import kv_align
+from pagedgen.templates.triton.decode import box_bytes, kv_align
 from pagedgen.values.record import Resources
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec
@@ -173,9 +173,10 @@ def compile_triton(source: Source) -> Binary:
             raise CompileError(
                 f"{schedule.name}: ptxas lost the address of {len(lost)} matrix operands: {lost[0]}"
             )
-    if metadata.shared > target.smem_per_block:
+    box = box_bytes(spec, schedule) if schedule.template == "triton-decode" else 0  # static, beside Triton's
+    if metadata.shared + box > target.smem_per_block:
         raise CompileError(
-            f"{schedule.name}: needs {metadata.shared} B of shared memory; "
+            f"{schedule.name}: needs {metadata.shared + box} B of shared memory; "
             f"{target.name} has {target.smem_per_block}"
         )
     return Binary(source, metadata.name, files, resources, f"triton {triton.__version__}", metadata.num_warps)

@@ -17,6 +17,7 @@ from pagedgen.values.spec import KernelSpec
 
 FORMAT = 2  # bumped when an older loader could misread a pack
 MANIFEST = "manifest.json"
+ANY = 2**31 - 1  # a rule with this bound holds for every call
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -37,13 +38,19 @@ class FileEntry:
 class Rule:
     """A row of a dispatch table; the first row that fits a call wins.
 
-    A call fits when its num_seqs and its bound on seq_len are at most the row's. Both are known on the
-    host without a synchronisation.
+    A call fits when its num_seqs, its bound on seq_len and its query tokens (rows of q; of decode they are
+    its num_seqs) are at most the row's. All are known on the host without a synchronisation.
     """
 
     max_num_seqs: int
     max_seq_len: int
     variant: int  # index into KernelEntry.variants
+    max_num_tokens: int = field(default=ANY, metadata=codec.OMIT_DEFAULT)
+
+    def fits(self, num_seqs: int, max_seq_len: int, num_tokens: int) -> bool:
+        """Whether the row is for such a call."""
+        within = num_seqs <= self.max_num_seqs and max_seq_len <= self.max_seq_len
+        return within and num_tokens <= self.max_num_tokens
 
 
 @dataclass(frozen=True, order=True, slots=True)

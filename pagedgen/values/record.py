@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pagedgen.errors import InvalidValue
+from pagedgen.values import codec
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import KernelSpec
 from pagedgen.values.workload import Workload
@@ -88,6 +89,8 @@ class Record:
     timing: Timing | None = None
     roofline_gbs: float = 0.0  # read bandwidth measured in the same run; 0 in a prediction
     verdict: Verdict | None = None
+    # Of a large matrix product in the same run; 0 in a prediction, and of decode, which memory bounds.
+    roofline_tflops: float = field(default=0.0, metadata=codec.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         if self.status is Status.MEASURED:
@@ -109,6 +112,13 @@ class Record:
         return self.workload.kv_bytes(self.spec) / self.time_us / 1e3
 
     @property
+    def tflops(self) -> float:
+        """TFLOP/s of both matrix products at ``time_us``."""
+        return self.workload.flops(self.spec) / self.time_us / 1e6
+
+    @property
     def roofline_share(self) -> float:
-        """Share of the read bandwidth measured in the same run; 0 for a prediction."""
-        return self.gbs / self.roofline_gbs if self.roofline_gbs else 0.0
+        """Share of what bandwidth and matrix products measured in the same run allow; 0 for a prediction."""
+        if not self.roofline_gbs:
+            return 0.0
+        return self.workload.floor_us(self.spec, self.roofline_gbs, self.roofline_tflops) / self.time_us

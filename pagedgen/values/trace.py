@@ -124,6 +124,38 @@ class Trace:
             lengths.append(min(length, max_seq_len) if max_seq_len else length)
         return Workload(f"{self.name}-{num_seqs}", tuple(lengths))
 
+    def step(self, num_tokens: int, num_decodes: int = 0, seed: int = 0) -> Workload:
+        """A snapshot of chunked prefill: ``num_tokens`` tokens of prompts, and sequences that decode beside.
+
+        Prompts are taken in one after the other, and a step is a piece of that stream from anywhere in it:
+        the rest of one prompt, whole ones, and the begin of another. What decodes beside is drawn as by
+        :meth:`batch`.
+
+        Raises:
+            InvalidValue: ``num_tokens`` is not positive, or no request has a prompt (with decodes, output).
+        """
+        if num_tokens < 1:
+            raise InvalidValue("num_tokens", num_tokens, "at least 1 is allowed")
+        prompts = [request.prompt for request in self.requests if request.prompt]
+        if not prompts:
+            raise InvalidValue("prompt", 0, f"{self.name}: at least one request must have a prompt")
+        draw = random.Random(f"{seed} {num_tokens} tokens")
+        (prompt,) = draw.choices(prompts, prompts)
+        cached, left = draw.randrange(prompt), num_tokens
+        seqs: list[int] = []
+        queries: list[int] = []
+        while left:
+            queries.append(min(left, prompt - cached))
+            seqs.append(cached + queries[-1])
+            left -= queries[-1]
+            prompt, cached = draw.choice(prompts), 0
+        name = f"{self.name}-{num_tokens}tokens"
+        if num_decodes:
+            beside = self.batch(num_decodes, seed)
+            seqs, queries = [*seqs, *beside.seq_lens], [*queries, *beside.lens_of_queries]
+            name += f"+{num_decodes}"
+        return Workload(name, tuple(seqs), tuple(queries))
+
 
 def decode_workloads(
     trace: Trace, sizes: Sequence[int] = (1, 4, 16, 64), seed: int = 0, *, max_seq_len: int = 0

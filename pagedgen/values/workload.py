@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from pagedgen.errors import InvalidValue
-from pagedgen.values.spec import Causality, KernelSpec
+from pagedgen.values.spec import Causality, KernelSpec, Op
+
+Lens = tuple[tuple[int, ...], tuple[int, ...]]  # of a batch: tokens in the cache, and queries, by sequence
 
 
 def visible_pairs(spec: KernelSpec, q_len: int, seq_len: int) -> int:
@@ -79,10 +82,42 @@ class Workload:
         name = f"{num_seqs}x{query_len}" if whole else f"{num_seqs}x{query_len}of{seq_len}"
         return cls(name, (seq_len,) * num_seqs, (query_len,) * num_seqs)
 
+    @classmethod
+    def parse(cls, text: str, op: Op) -> Workload:
+        """Batches as they are spelled: ``2x1024of4096+62x1of2048`` are 2 sequences of 4096 tokens whose last
+        1024 are queries, and 62 of 2048 with one query each.
+
+        ``16x1024`` are 16 prompts of 1024 tokens, all queries; for decode 16 sequences of 1024 tokens.
+
+        Raises:
+            InvalidValue: not of that form, or query lengths for decode.
+        """
+        allowed = "32x8192" if op is Op.DECODE else "4x512of8192"
+        allowed = f"sequences x tokens of each, like {allowed}, parts joined by +, is expected"
+        seqs: list[int] = []
+        queries: list[int] = []
+        for part in text.strip().split("+"):
+            found = re.fullmatch(r"(\d+)x(\d+)(?:of(\d+))?", part)
+            if not found or not int(found[1]) or (op is Op.DECODE and found[3]):
+                raise InvalidValue("workload", text, allowed)
+            seqs += [int(found[3] or found[2])] * int(found[1])
+            queries += [int(found[2])] * int(found[1])
+        return cls(text.strip(), tuple(seqs), () if op is Op.DECODE else tuple(queries))
+
     @property
     def lens_of_queries(self) -> tuple[int, ...]:
         """Query tokens of each sequence."""
         return self.query_lens or tuple(min(1, length) for length in self.seq_lens)
+
+    @property
+    def lens(self) -> Lens:
+        """``(seq_lens, lens_of_queries)``: which batch it is, whatever it is called."""
+        return self.seq_lens, self.lens_of_queries
+
+    @property
+    def num_queries(self) -> int:
+        """Query tokens of all sequences."""
+        return sum(self.lens_of_queries)
 
     @property
     def num_seqs(self) -> int:
@@ -116,3 +151,9 @@ class Workload:
         lens = zip(self.lens_of_queries, self.seq_lens, strict=True)
         pairs = sum(visible_pairs(spec, q, kv) for q, kv in lens)
         return 2 * (spec.head_dim + spec.v_dim) * spec.num_q_heads * pairs
+
+    def floor_us(self, spec: KernelSpec, gbs: float, tflops: float = 0.0) -> float:
+        """The roofline: microseconds below which no call is where memory is read at ``gbs`` and both products
+        are made at ``tflops``, 0 where those bound nothing."""
+        reading = self.kv_bytes(spec) / gbs / 1e3
+        return max(reading, self.flops(spec) / tflops / 1e6) if tflops else reading

@@ -12,6 +12,10 @@ from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
+# Programs that share a sequence. An H100 has room for too few clusters of 16 at once (1 x 8k took 24 us in
+# fp16, not 18); of 2 and 4, a long sequence among short ones would be left to that many programs a KV head.
+CLUSTER = 8
+CLUSTER_MERGES = 6  # parts whose merging through global memory takes as long as a cluster's: a guess
 TRITON_TYPES = {DType.F16: "tl.float16", DType.BF16: "tl.bfloat16", DType.F32: "tl.float32"}
 
 
@@ -51,13 +55,30 @@ def bounded(spec: KernelSpec) -> bool:
     return spec.window is not None or spec.attention_chunk is not None
 
 
-def addressing(spec: KernelSpec, tile: int) -> str:
-    """A tile's block ids: one for all of it (scalar), one a block (page), or one a token (gather)."""
+def addressing(spec: KernelSpec, tile: int, shares: int = 1) -> str:
+    """A tile's block ids: one for all of it (scalar), one a block (page), or one a token (gather).
+
+    ``shares``: equal ones that the tile's tokens are dealt out in, whole blocks each for ``page``.
+    """
     if spec.block_size % tile == 0:
         return "scalar"
-    if tile % spec.block_size == 0 and spec.block_size > 1:
+    if tile // shares % spec.block_size == 0 and spec.block_size > 1:
         return "page"
     return "gather"
+
+
+def cluster_of(schedule: Schedule) -> int:
+    """Programs of a cluster, which share a sequence and merge among themselves; 0 where none do."""
+    return CLUSTER if schedule["split"] == "cluster" else 0
+
+
+def box_bytes(spec: KernelSpec, schedule: Schedule) -> int:
+    """Shared memory into which a program of a cluster is sent partial results (``cluster.j2``), whole KB."""
+    cluster = cluster_of(schedule)
+    if not cluster:
+        return 0
+    sources = cluster * schedule.int("num_warps") * min(block_h(spec), spec.group_size)
+    return cdiv(4 * sources * (spec.v_dim // cluster + 2), 1024) * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +164,7 @@ class TritonDecode(Family):
     source = TEMPLATES / "triton" / "decode.py.j2"
     shared = tuple(
         TEMPLATES / "triton" / n
-        for n in ("worklist.j2", "pages.j2", "fp8.j2", "ahead.j2", "merge.j2", "masks.j2")
+        for n in ("worklist.j2", "pages.j2", "fp8.j2", "ahead.j2", "merge.j2", "cluster.j2", "masks.j2")
     )
     masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk")
     v_dims = True
@@ -208,7 +229,7 @@ class TritonDecode(Family):
             ),
             Field("num_stages", (2, 3, 4), 3 if narrow else 2, "depth of the load pipeline"),
             Field("waves", (1, 2, 3, 4, 6, 8), 3 if narrow else 2, "pieces aimed at for each SM"),
-            *(self._split_fields(spec)),
+            *(self._split_fields(spec, target)),
             # 96 merge 16 parts 1.5 us sooner; 32 leave registers for a fifth program on an SM (184, not 254)
             Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
             Field("seq_lanes", (128, 1024), 128, "sequences whose lengths are scanned at a time"),
@@ -229,11 +250,15 @@ class TritonDecode(Family):
         )
 
     @staticmethod
-    def _split_fields(spec: KernelSpec) -> tuple[Field, ...]:
+    def _split_fields(spec: KernelSpec, target: Target) -> tuple[Field, ...]:
         """How a batch is shared out; where bits may not follow from it, how a sequence is split."""
         meaning = "how a batch is shared out among programs"
+        splits: tuple[Choice, ...] = ("pieces", "even", "walk")
+        # clusters came with sm_90; a warp has 32 rows of accumulators at most
+        if target.kind == "cuda" and target.capability >= 90 and block_h(spec) <= 32:
+            splits += ("cluster",)
         if not spec.batch_invariant:
-            return (Field("split", ("pieces", "even", "walk"), "pieces", meaning),)
+            return (Field("split", splits, "pieces", meaning),)
         return (
             Field("split", ("fixed",), "fixed", meaning),
             # two tiles at least: the masked one at a window's edge must not be a whole part
@@ -248,12 +273,22 @@ class TritonDecode(Family):
             ),
         )
 
+    def meaningless(self, choices: Mapping[str, Choice]) -> bool:
+        """What the constraints ``walk``, ``ahead`` and ``cluster`` say of the choices alone."""
+        if choices["split"] == "cluster":
+            needless = choices["waves"] != 1 or choices["seq_lanes"] != 128 or choices["merge"] != 32
+            return needless or choices["num_warps"] == 1
+        if choices["split"] == "walk":
+            return choices["seq_lanes"] != 128
+        return choices["pdl"] == 2
+
     def constraints(self) -> tuple[Constraint, ...]:
         """Legality over the symbols: addressing, shared memory, registers, warps."""
         import sympy
 
         tile, warps = sympy.symbols("tile num_warps", integer=True)
         rows, waves = sympy.symbols("rows waves", integer=True)
+        cluster = sympy.Symbol("cluster", integer=True)
         smem, smem_limit, acc_regs = sympy.symbols("smem_bytes smem_per_block acc_regs")
         return (
             Constraint("smem", smem <= smem_limit, "K and V tiles of all stages fit in shared memory"),
@@ -266,9 +301,32 @@ class TritonDecode(Family):
             Constraint(
                 "ahead",
                 sympy.Or(
-                    sympy.Symbol("pdl") <= 1, sympy.And(sympy.Eq(sympy.Symbol("is_walk"), 1), waves <= 2)
+                    sympy.Symbol("pdl") <= 1,
+                    sympy.And(sympy.Eq(sympy.Symbol("is_walk"), 1), waves <= 2),
+                    cluster >= 1,
                 ),
                 "looking ahead is for few sequences, walked along, and for programs that run at once",
+            ),
+            Constraint(
+                "cluster",
+                sympy.Or(
+                    cluster < 1,
+                    sympy.And(
+                        sympy.Symbol("box_bytes") <= 49152,
+                        sympy.Max(waves, sympy.Symbol("seq_lanes") / 128, sympy.Symbol("merge") / 32) <= 1,
+                    ),
+                ),
+                "programs of a cluster merge equal shares of head_dim, sent to them in static shared memory; "
+                "waves, seq_lanes and merge mean nothing to them",
+            ),
+            Constraint(
+                "own_tokens",
+                sympy.Or(
+                    cluster < 1,
+                    sympy.And(warps >= 2, rows <= 32, tile * sympy.Symbol("row_bytes") > 512 * warps**2),
+                ),
+                "several warps have tokens of their own, and products of one warp 32 rows at most; a warp "
+                "has more tokens than all copy at once, else Triton lays the rows it reads in the same banks",
             ),
             Constraint(
                 "wgmma",
@@ -368,8 +426,8 @@ class TritonDecode(Family):
         tile, warps, stages = schedule.int("tile"), schedule.int("num_warps"), schedule.int("num_stages")
         ids, lanes = addressing(spec, schedule.int("tile")), schedule.int("seq_lanes")
         rows, whole = schedule.int("rows"), schedule["columns"] == "whole"
-        width = width_of(spec, loads_of(spec, warps, rows, whole=whole))
-        v_width = width_of(spec, loads_of(spec, warps, rows, whole=whole, of_v=True))
+        loads, v_loads = (loads_of(spec, warps, rows, whole=whole, of_v=of_v) for of_v in (False, True))
+        width, v_width = width_of(spec, loads), width_of(spec, v_loads)
         tile_bytes = tile * (width + v_width) * spec.kv_dtype.size
         programs = spec.num_kv_heads * head_blocks(spec)
         partitions = max(1, cdiv(target.num_sms * schedule.int("waves"), programs))
@@ -381,6 +439,8 @@ class TritonDecode(Family):
         if schedule["split"] == "even":
             share = max(1, cdiv(tiles, partitions))
             pieces, splits = cdiv(tiles, share), cdiv(cdiv(max(lens), tile), share) + 1
+        elif cluster_of(schedule):
+            pieces, splits = cluster_of(schedule) * len(lens), CLUSTER_MERGES
         elif schedule["split"] == "fixed":
             parts = [cdiv(n, self._part(schedule, n)) for n in lens]
             chunk = max(cdiv(cdiv(max(1, sum(lens)), partitions), tile) * tile, self._min_chunk(tile))
@@ -407,15 +467,18 @@ class TritonDecode(Family):
             "pdl": schedule.int("pdl"),
             "waves": schedule.int("waves"),
             "is_walk": int(schedule["split"] == "walk"),
+            "cluster": cluster_of(schedule),
+            "row_bytes": 2 * min(load.width for load in (*loads, *v_loads)),
+            "box_bytes": box_bytes(spec, schedule),
             "seq_lanes": lanes,
             "merge": schedule.int("merge"),
             "max_regs": schedule.int("max_regs") or 255,
-            "smem_bytes": tile_bytes * buffers + rows * tile * 2 + 2048,
+            "smem_bytes": tile_bytes * buffers + rows * tile * 2 + 2048 + box_bytes(spec, schedule),
             "smem_per_block": target.smem_per_block,
             "smem_per_sm": target.smem_per_sm,
             "regs_per_sm": target.regs_per_sm,
             "max_threads_per_sm": target.max_threads_per_sm,
-            "acc_regs": rows * v_width / (32 * warps)
+            "acc_regs": rows * v_width / (32 * (1 if cluster_of(schedule) else warps))
             + tile_bytes / spec.kv_dtype.size / (2 * 32 * warps) / 2,
             "kv_bytes": sum(lens) * spec.kv_bytes_per_token + partial_bytes,
             "bandwidth_gbs": target.bandwidth_gbs
@@ -435,6 +498,9 @@ class TritonDecode(Family):
             # walking: 1.1 us less than lanes for one sequence (measured), and for each more two loads from L1
             "scan_us": 0.9 + 0.08 * workload.num_seqs
             if schedule["split"] == "walk"
+            # clusters wait for room together: 8 x 4k takes 6% (fp16) and 12% (fp8) longer than walking
+            else 0.6 + 0.45 * workload.num_seqs
+            if cluster_of(schedule)
             else 1.7 * cdiv(workload.num_seqs, lanes) * (1.2 if lanes > 32 else 1.0),
             "merge_piece_us": 0.133,
             "merged_pieces": splits if splits > 1 else 0,
@@ -454,6 +520,43 @@ class TritonDecode(Family):
             "tiles_ahead": 0 if size == 1 else 2,
             "kv_size": size,
             "lines_ahead": {n: next_power_of_two(cdiv(n, 128) + (n % 128 > 0)) for n in row_bytes},
+        }
+
+    @staticmethod
+    def _shapes(tile: int, block_size: int, apart: int) -> Mapping[str, object]:
+        """Literals of how a tile's tokens lie: in one row, or with ``apart`` warps in a row for each.
+
+        Tensors of the loop then have one dimension more, the first, along which Triton lays out the warps.
+        """
+        if not apart:
+            return {
+                "apart": 0,
+                "own": "",
+                "last_axis": 1,
+                "of_rows": "[:, None]",
+                "of_dims": "[None, :]",
+                "k_row": "[None, :]",
+                "k_dim": "[:, None]",
+                "tile_shape": [tile],
+                "tokens_of": f"tl.arange(0, {tile})",
+                "pages_of": f"tl.arange(0, {max(1, tile // block_size)})",
+            }
+
+        def dealt(count: int) -> str:
+            return f"(tl.arange(0, {apart})[:, None] * {count} + tl.arange(0, {count})[None, :])"
+
+        share = tile // apart
+        return {
+            "apart": apart,
+            "own": f"{apart}, ",
+            "last_axis": 2,
+            "of_rows": "[:, :, None]",
+            "of_dims": "[None, None, :]",
+            "k_row": "[:, None, :]",
+            "k_dim": "[None, :, None]",
+            "tile_shape": [apart, share],
+            "tokens_of": dealt(share),
+            "pages_of": dealt(max(1, share // block_size)),
         }
 
     @staticmethod
@@ -492,6 +595,9 @@ class TritonDecode(Family):
         tile = schedule.int("tile")
         rows = min(block_h(spec), spec.group_size)
         merge_rows, merge_dims = next_power_of_two(rows), next_power_of_two(spec.v_dim)
+        cluster = cluster_of(schedule)
+        apart = schedule.int("num_warps") if cluster else 0  # warps with tokens and a softmax of their own
+        cut = spec.v_dim // (cluster or 1)  # columns that a program of a cluster merges
         at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // (merge_rows * merge_dims)
         return {
             "spec": spec,
@@ -517,7 +623,13 @@ class TritonDecode(Family):
             "merge_rows": merge_rows,
             "merge_dims": merge_dims,
             "parts_across_lanes": False,
+            "cluster": cluster,
+            "sources": cluster * apart,
+            "cut": cut,
+            "cut_width": next_power_of_two(cut),
+            "box_bytes": box_bytes(spec, schedule),
             "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
+            "kv_bytes": kv_align(spec),
             "align": kv_align(spec) // (2 if is_fp8 else spec.kv_dtype.size),
             "loads": loads,
             "v_loads": v_loads,
@@ -530,11 +642,12 @@ class TritonDecode(Family):
             "tile": tile,
             "num_stages": schedule.int("num_stages"),
             "split": str(schedule["split"]),
-            "addressing": addressing(spec, tile),
+            "addressing": addressing(spec, tile, apart or 1),
             "pages_per_tile": max(1, tile // spec.block_size),
+            **self._shapes(tile, spec.block_size, apart),
             "sums": str(schedule["sums"]),
             "sums_width": 16
-            if schedule.int("num_warps") == 1 or schedule.int("rows") >= 64
+            if schedule.int("num_warps") == 1 or schedule.int("rows") >= 64 or apart
             else 2 * schedule.int("rows"),
             "pdl": bool(schedule.int("pdl")),
             **self._ahead(spec, schedule),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 
 from pagedgen.autotune.select import ANY, Selection, lookup, select
 from pagedgen.errors import InvalidValue
+from pagedgen.values import codec
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Status
 from pagedgen.values.schedule import Schedule
+from pagedgen.values.spec import Op
 from pagedgen.values.workload import Workload
 
 Matrix = dict[Schedule, dict[Workload, float]]
@@ -28,19 +31,23 @@ def matrices(draw: st.DrawFn) -> Matrix:
     lengths = st.lists(st.integers(1, 1 << 17), min_size=1, max_size=6).map(tuple)
     batches = draw(st.lists(lengths, min_size=1, max_size=7, unique=True))
     workloads = [Workload(f"w{i}", batch) for i, batch in enumerate(batches)]
+    if draw(st.booleans()):  # of an operator with queries
+        queries = [tuple(draw(st.integers(1, n)) for n in batch) for batch in batches]
+        workloads = [replace(w, query_lens=q) for w, q in zip(workloads, queries, strict=True)]
     times = st.floats(1.0, 1.2) | st.floats(1.0, 1000.0)
     count = draw(st.integers(1, 6))
     return {schedule(i): {w: draw(times) for w in workloads} for i in range(count)}
 
 
-def cells_of(times: Matrix) -> dict[tuple[int, int], list[Workload]]:
-    cells: dict[tuple[int, int], list[Workload]] = {}
+def cells_of(times: Matrix) -> dict[tuple[int, int, int], list[Workload]]:
+    """Batches by what a call tells of itself: num_seqs, a bound on seq_len, rows of q where they vary."""
+    cells: dict[tuple[int, int, int], list[Workload]] = {}
     for w in next(iter(times.values())):
-        cells.setdefault((w.num_seqs, w.max_seq_len), []).append(w)
+        cells.setdefault((w.num_seqs, w.max_seq_len, sum(w.query_lens)), []).append(w)
     return cells
 
 
-def bounds(times: Matrix, bound: float) -> dict[tuple[int, int], float]:
+def bounds(times: Matrix, bound: float) -> dict[tuple[int, int, int], float]:
     """What each cell must reach: the bound, or the best that any one schedule can do there."""
     found = {}
     for cell, workloads in cells_of(times).items():
@@ -56,6 +63,7 @@ def test_the_table_keeps_the_bound_with_the_fewest_schedules(times: Matrix, boun
     worst = 0.0
     for cell, workloads in cells_of(times).items():
         pick = chosen.pick(*cell)
+        assert {chosen.pick_for(w) for w in workloads} == {pick}
         for w in workloads:
             regret = times[pick][w] / min(row[w] for row in times.values()) - 1
             worst = max(worst, regret)
@@ -72,17 +80,33 @@ def test_the_table_keeps_the_bound_with_the_fewest_schedules(times: Matrix, boun
         ), "a smaller set would have done"
 
 
-@given(matrices(), st.integers(0, ANY), st.integers(0, ANY))
-def test_the_table_is_complete_and_has_no_dead_row(times: Matrix, num_seqs: int, max_seq_len: int) -> None:
+@given(matrices(), st.integers(0, ANY), st.integers(0, ANY), st.integers(0, ANY))
+def test_the_table_is_complete_and_has_no_dead_row(
+    times: Matrix, num_seqs: int, max_seq_len: int, num_tokens: int
+) -> None:
     chosen = select(times)
-    assert 0 <= lookup(chosen.dispatch, num_seqs, max_seq_len) < len(chosen.variants)
+    assert 0 <= lookup(chosen.dispatch, num_seqs, max_seq_len, num_tokens) < len(chosen.variants)
     assert {rule.variant for rule in chosen.dispatch} == set(range(len(chosen.variants)))
     for i, rule in enumerate(chosen.dispatch):
-        reached = (rule.max_num_seqs, rule.max_seq_len)
-        assert not any(
-            earlier.max_num_seqs >= reached[0] and earlier.max_seq_len >= reached[1]
-            for earlier in chosen.dispatch[:i]
-        )
+        reached = (rule.max_num_seqs, rule.max_seq_len, rule.max_num_tokens)
+        assert not any(earlier.fits(*reached) for earlier in chosen.dispatch[:i])
+
+
+def test_a_prompt_and_decodes_of_as_many_sequences_are_told_apart_by_their_queries() -> None:
+    decodes = Workload.parse("64x1of4096", Op.EXTEND)
+    prompts = Workload.parse("63x1of4096+1x4096", Op.EXTEND)
+    times = {schedule(0): {decodes: 10.0, prompts: 130.0}, schedule(1): {decodes: 12.0, prompts: 100.0}}
+    chosen = select(times)
+    assert chosen.dispatch == (Rule(ANY, ANY, 0, 515), Rule(ANY, ANY, 1))  # the root of 64 x 4159
+    assert chosen.pick_for(decodes) == chosen.pick(64, 4096, 515) == schedule(0)
+    assert chosen.pick_for(prompts) == chosen.pick(64, 4096, 516) == schedule(1)
+
+
+def test_a_table_of_decode_says_nothing_of_queries() -> None:
+    one, many = Workload.uniform(1, 1024), Workload.uniform(64, 1024)
+    times = {schedule(0): {one: 10.0, many: 130.0}, schedule(1): {one: 12.0, many: 100.0}}
+    rules = codec.encode(select(times).dispatch)
+    assert [sorted(rule) for rule in rules] == [["max_num_seqs", "max_seq_len", "variant"]] * 2
 
 
 def test_one_schedule_when_one_is_good_enough() -> None:

@@ -106,7 +106,7 @@ def third(*job):
 
 extend_cpu.ours = third
 extend_cpu.peers_extend_cpu.peers = lambda *a: []
-extend_cpu.matmul_tflops = lambda: 0.0
+extend_cpu.cpu_matmul_tflops = lambda: 0.0
 sys.argv = ["pagedgen", "bench", "--suite", "extend-cpu", "--json", sys.argv[1]]
 cli.main()
 """
@@ -143,7 +143,7 @@ def test_a_suite_that_is_interrupted_says_where_its_finished_cases_are(tmp_path,
 
     monkeypatch.setattr(extend_cpu, "ours", ours)
     monkeypatch.setattr(peers_extend_cpu, "peers", lambda *a: [])
-    monkeypatch.setattr(extend_cpu, "matmul_tflops", lambda: 0.0)
+    monkeypatch.setattr(extend_cpu, "cpu_matmul_tflops", lambda: 0.0)
     for broken in (0, 2):
         with pytest.raises(KeyboardInterrupt):
             run_suite("extend-cpu", path, said.append)
@@ -157,7 +157,7 @@ def test_cases_can_be_chosen_by_a_part_of_their_names(tmp_path, monkeypatch) -> 
     clock = FakeClock(5.0, [])
     monkeypatch.setattr(extend_cpu, "ours", lambda *a: Contender("pagedgen", clock, 100))  # type: ignore[arg-type]
     monkeypatch.setattr(peers_extend_cpu, "peers", lambda *a: [])
-    monkeypatch.setattr(extend_cpu, "matmul_tflops", lambda: 0.0)
+    monkeypatch.setattr(extend_cpu, "cpu_matmul_tflops", lambda: 0.0)
     found = run_suite("extend-cpu", tmp_path / "a.json", print, cases=["Window", "chunks, f32"])
     assert [case.name for case in found.cases] == ["chunks, f32", "prompt in a window, f32"]
     assert (found.complete, found.planned) == (True, 2)

@@ -20,8 +20,10 @@ from pagedgen.autotune.binaries import BinaryCache
 from pagedgen.autotune.database import Database, Fit
 from pagedgen.autotune.events import Event, Started, Tried, Warned
 from pagedgen.autotune.search import Stop
+from pagedgen.autotune.select import ANY
 from pagedgen.autotune.tune import Effort, Plan, Workshop, regimes, spread, tune
 from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate
+from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Status
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
@@ -73,6 +75,27 @@ def test_it_finds_each_workloads_best_and_records_it(fakes, database, cpu) -> No
     assert all(a.best_us >= b.best_us for a, b in itertools.pairwise(tried))
 
 
+def test_batches_of_extend_are_known_by_their_queries(fakes, database, cpu, monkeypatch) -> None:
+    monkeypatch.setattr(module, "matmul_tflops", functions.fake_matmul_tflops)
+    extend = replace(SPEC, op=Op.EXTEND)
+    chunk, prompt = Workload.parse("1x64of4096", Op.EXTEND), Workload.parse("1x4096", Op.EXTEND)
+    result = tune(extend, cpu, [chunk, prompt], effort="max", database=database)
+    assert result.selection.pick_for(chunk) == schedule(16, 4)
+    assert result.selection.pick_for(prompt) == schedule(64, 4)
+    assert (result.roofline_gbs, result.roofline_tflops) == (20.0, 50.0)
+    best = result.chosen(prompt)
+    assert best.workload == prompt and best.schedule == schedule(64, 4)
+    assert best.roofline_share == pytest.approx(prompt.flops(extend) / 50.0 / 1e6 / best.time_us)
+    again = tune(extend, cpu, [prompt, chunk], effort="max", database=database)
+    assert again.counts.known == len(FINE) and again.chosen(chunk).workload == chunk
+
+    assert regimes([prompt, chunk]) == (chunk, prompt)
+    with pytest.raises(InvalidValue, match="a batch of decode has no query lengths"):
+        tune(SPEC, cpu, [chunk], database=database)
+    with pytest.raises(InvalidValue, match="op = 'write_kv': allowed: decode, extend, verify"):
+        tune(replace(extend, op=Op.WRITE_KV, num_q_heads=2), cpu, [chunk], database=database)
+
+
 def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, database, cpu) -> None:
     first = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
     assert first.counts.known == 0 and 8 <= first.counts.compiled <= 12  # and simpler variants of the winner
@@ -87,6 +110,18 @@ def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, databas
     new = [o.schedule for e in events if isinstance(e, Tried) for o in e.outcomes]
     assert len(new) == len(set(new)) == 20 - further.counts.known > 0
     assert not set(new) & {r.schedule for r in found.entry.records}
+
+
+def test_what_is_chosen_on_record_is_timed_beside_the_finalists(fakes, database, cpu) -> None:
+    first = tune(SPEC, cpu, [SHORT, LONG], effort="max", database=database)
+    slow = max(FINE, key=lambda s: functions.fake_time(s, SHORT))
+    chosen = replace(first.selection, variants=(slow,), dispatch=(Rule(ANY, ANY, 0),))
+    found = database.find(SPEC, "cpu", first.records[0].stamp)
+    assert slow not in {record.schedule for record in first.records}
+    database.save(replace(found.entry, selection=chosen))
+    again = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
+    assert {r.workload for r in again.records if r.schedule == slow} == {SHORT, LONG}
+    assert slow not in again.selection.variants
 
 
 def test_whatever_goes_wrong_costs_one_candidate(fakes, database, cpu) -> None:
@@ -216,7 +251,7 @@ def test_bad_input_is_named(fakes, database, cpu) -> None:
 def test_spread_keeps_the_ends() -> None:
     workloads = [Workload.uniform(1, 2**i) for i in range(10)]
     assert spread(workloads, 3) == (workloads[0], workloads[4], workloads[9])
-    assert spread(workloads[:2], 3) == tuple(workloads[:2])
+    assert spread(workloads[1::-1], 3) == tuple(workloads[:2])
 
 
 def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -> None:
@@ -225,9 +260,12 @@ def test_the_search_meets_the_smallest_the_largest_and_the_most_skewed_batch() -
     skewed = Workload("skewed", (1, 1, 300, 1, 1, 1, 1, 1))
     assert regimes([*plain, skewed]) == (plain[0], skewed, plain[9])
     assert regimes([plain[0], skewed]) == (plain[0], skewed)
-    long, many = Workload.uniform(1, 4096), Workload.uniform(8, 512)  # as many tokens
+    long, many = Workload("one", (4096,)), Workload("many", (512,) * 8)  # as many tokens
     large = [Workload.uniform(8, 4096), Workload.uniform(8, 8192)]
     assert regimes([many, long, *large]) == (long, large[0], large[1])
+    assert regimes([large[0], many, long]) == (long, many, large[0])
+    assert regimes([*plain, skewed], 5) == (plain[0], skewed, plain[5], plain[8], plain[9])
+    assert regimes([skewed, *plain], 11) == (*plain[:9], skewed, plain[9])
 
 
 # ---- for real ----
@@ -236,6 +274,7 @@ SMALL = KernelSpec(Op.DECODE, 32, 2, 1, 16, DType.F32, DType.F32, k_inner=KInner
 TINY = {Effort.QUICK: Plan(3, 3, 120.0, (2,), 3, 2)}
 
 
+@pytest.mark.slow  # tests/cli tunes this CPU for real in every run
 def test_this_cpu_for_real(real, cpu, monkeypatch) -> None:
     pytest.importorskip("tvm")
     monkeypatch.setattr(module, "PLANS", TINY)

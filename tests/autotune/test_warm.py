@@ -109,6 +109,14 @@ def test_times_of_the_nearest_spec_are_those_on_the_batches_that_most_met(databa
     assert timings(database, far, H100) == [pytest.approx({r.schedule: 2 * r.time_us for r in ROWS[:12]})]
 
 
+def test_times_on_several_batches_are_means_of_those_that_met_them_all(database: Database) -> None:
+    short = Workload.uniform(1, 1024)
+    rows = [replace(r, timing=Timing(2.0, 2.0, 2.0, 3)) for r in ROWS[:10]]
+    both = [*rows[:9], *(replace(r, workload=short, timing=Timing(8.0, 8.0, 8.0, 3)) for r in rows[1:])]
+    database.save(Entry(SPEC, H100.name, tuple(both), select({ROWS[0].schedule: {short: 1.0}})))
+    assert timings(database, SPEC, H100) == [pytest.approx({r.schedule: 4.0 for r in rows[1:9]})]
+
+
 def test_a_few_times_or_predicted_ones_say_nothing(database: Database) -> None:
     save(database, replace(SPEC, block_size=32), SPACE[1])
     assert timings(database, SPEC, H100) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pagedgen.cli.options import Job, batch, integers, seconds
+from pagedgen.cli.options import Job, integers, seconds
 from pagedgen.errors import InvalidValue
 from pagedgen.values.spec import DType, KInner, KVScale
 
@@ -43,7 +43,6 @@ def test_budgets_that_are_not(text):
 
 def test_lists_and_workloads():
     assert integers("block_size", "16, 64,128") == [16, 64, 128]
-    assert batch("32x8192").seq_lens == (8192,) * 32
 
 
 def test_the_default_is_llama_3_8b():

@@ -25,7 +25,7 @@ from pagedgen.autotune.ledger import Ledger, Place
 from pagedgen.autotune.recheck import Recheck
 from pagedgen.autotune.select import select
 from pagedgen.autotune.tune import Effort, Plan
-from pagedgen.cli import tune as command
+from pagedgen.cli import batches
 from pagedgen.cli import verify as checking
 from pagedgen.cli.app import app
 from pagedgen.compiler.kernel_hash import kernel_hash
@@ -97,9 +97,9 @@ def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, mo
     monkeypatch.setattr(tuner, "SIMPLER", 0)
     monkeypatch.setattr(tuner, "bandwidth", functions.fake_bandwidth)  # the real one is measured for seconds
     monkeypatch.setattr(rechecking, "bandwidth", functions.fake_bandwidth)
-    monkeypatch.setattr(command, "GRID", {"cpu": ((1, 512),)})
-    monkeypatch.setattr(command, "RAGGED", {"cpu": (4, 64, 1024)})
-    monkeypatch.setattr(command, "SKEWED", {"cpu": (2048, 3, 64)})
+    monkeypatch.setattr(batches, "GRID", {"cpu": ((1, 512),)})
+    monkeypatch.setattr(batches, "RAGGED", {"cpu": (4, 64, 1024)})
+    monkeypatch.setattr(batches, "SKEWED", {"cpu": (2048, 3, 64)})
     study, plots = tmp_path / "study.log", tmp_path / "plots"
     options = (*TINY, "--effort", "quick", "--storage", study)
     run("tune", *options, "--plots", plots)
@@ -111,6 +111,48 @@ def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, mo
 
     checked = json.loads(run_any("verify", "--records", "--cpu", "--json").stdout)["records"]
     assert checked and all(row["timing"]["median_us"] > 0 and row["reason"] == "" for row in checked)
+
+
+@pytest.mark.slow  # five commands that start workers: 50 s of CPU time
+def test_extend_is_tuned_built_inspected_and_checked(cache, tmp_path, monkeypatch):
+    pytest.importorskip("tvm")
+    monkeypatch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(2, 2, 120.0, (2,), 3, 1)})
+    monkeypatch.setattr(tuner, "SIMPLER", 0)
+    for module in (tuner, rechecking):
+        monkeypatch.setattr(module, "bandwidth", functions.fake_bandwidth)
+        monkeypatch.setattr(module, "matmul_tflops", functions.fake_matmul_tflops)
+    spelled = ("1x8", "2x4of96")
+    monkeypatch.setattr(batches, "QUERIES", {(Op.EXTEND, "cpu"): spelled})
+    tuned, pack, plots = tmp_path / "tuned.pack", tmp_path / "built.pack", tmp_path / "plots"
+    options = (*TINY, "--ops", "extend")
+    data = json.loads(run("tune", *options, "--effort", "quick", "--out", tuned, "--json").stdout)
+    assert [row["batch"] for row in data["called"]] == list(spelled)
+    assert all(row["error"] <= row["allowed"] for row in data["called"])
+    (result,) = data["results"]
+    assert result["name"] == "extend-h32-q2-kv1-b16-bf16-ktoken" and result["roofline_tflops"] == 50.0
+    for row, text in zip(result["workloads"], spelled, strict=True):
+        batch = Workload.parse(text, Op.EXTEND)
+        assert (row["workload"], row["num_queries"], row["timing"]["rounds"]) == (text, 8, 3)
+        floor = batch.floor_us(replace(TINY_SPEC, op=Op.EXTEND), 20.0, 50.0)
+        assert row["roofline_share"] == pytest.approx(floor / row["time_us"])
+
+    run("build", *options, "--out", pack)
+    (kernel,) = json.loads(run("inspect", pack, "--json").stdout)["kernels"]
+    assert kernel["schedules"] == "measured" and {t["workload"] for t in kernel["timings"]} == set(spelled)
+    assert all(verdict["passed"] for verdict in kernel["gate"]["verdicts"])
+    checked = json.loads(run_any("verify", "--records", "--cpu", "--json").stdout)["records"]
+    assert [row["workload"] for row in checked] == list(spelled)
+    explained = run("explain", *TINY, "--op", "extend", "--workload", "2x4of96").stdout
+    assert "family tvm-extend, 2x4of96" in explained and "measured, " in explained
+    pytest.importorskip("matplotlib")
+    run("tune", *options, "--effort", "quick", "--plots", plots)
+    assert (plots / "extend-h32-q2-kv1-b16-bf16-ktoken.cpu.roofline.png").stat().st_size > 5000
+
+
+def test_operators_without_batches_are_not_tuned(cache):
+    refused = run("tune", *TINY, "--ops", "extend,write_kv", code=1).stderr
+    assert "ops = 'write_kv'" in refused
+    assert "a comma list of decode, extend, verify" in refused
 
 
 def test_what_has_slipped_or_is_wrong_is_named_and_ends_with_1(cache, monkeypatch):

@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "autotune"))  # workers impor
 
 import worker_functions as functions
 
+from pagedgen.autotune import tune as tuner
+from pagedgen.autotune.tune import Effort, Plan
 from pagedgen.cli.app import app
-from pagedgen.cli.tune import MOST_BYTES, workloads_of
+from pagedgen.cli.batches import MOST_BYTES, workloads_of
 from pagedgen.values.record import Verdict
 from pagedgen.values.trace import SAMPLE
 
@@ -72,20 +74,11 @@ def test_a_gpu_that_is_not_here_is_predicted_and_nothing_claims_a_measurement(tm
 def tuned(tmp_path_factory):
     """A tiny spec tuned on this CPU from a trace, as JSON, and its pack."""
     pack = tmp_path_factory.mktemp("packs") / "tiny.pack"
-    result = run(
-        "tune",
-        "--cpu",
-        *TINY,
-        "--trace",
-        "sample",
-        "--effort",
-        "quick",
-        "--budget",
-        "5s",
-        "--out",
-        pack,
-        "--json",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(4, 4, 5.0, (2,), 3, 2)})
+        patch.setattr(tuner, "SIMPLER", 0)
+        options = ("--trace", "sample", "--effort", "quick", "--budget", "5s", "--out", pack, "--json")
+        result = run("tune", "--cpu", *TINY, *options)
     return json.loads(result.stdout), pack
 
 
@@ -97,8 +90,8 @@ def test_this_cpu_is_measured_and_its_pack_decodes(tuned):
     for row in result["workloads"]:
         assert row["timing"]["low_us"] <= row["time_us"] == row["timing"]["median_us"]
     assert data["pack"]["kernels"][0]["status"] == "measured"
-    assert len(data["decoded"]) == 4
-    for row in data["decoded"]:
+    assert len(data["called"]) == 4
+    for row in data["called"]:
         assert 0 <= row["error"] <= row["allowed"] and row["call_us"] > 0
     assert (pack / "manifest.json").is_file()
 

@@ -31,6 +31,12 @@ from pagedgen.values.target import Target
 ALL = (Rule(2**31 - 1, 2**31 - 1, 0),)
 
 
+@pytest.fixture(autouse=True)
+def linked_anew(monkeypatch):
+    """Here libraries are compiled each time, not copied (conftest's ``linked_once``)."""
+    monkeypatch.setattr(link_module, "compile_library", compile_library)
+
+
 @pytest.fixture
 def compiler_search(monkeypatch):
     """Each test looks for the host compiler anew."""
@@ -197,6 +203,17 @@ def test_walking_takes_the_slots_of_the_pieces_it_finds(tmp_path, make_spec, gpu
         library = Library(link([gpu_binary(spec, waves=2, split=split)], (), tmp_path / f"{split}.so"))
         sizes.append(library.workspace_bytes(7))
     assert sizes[0] == sizes[1]
+
+
+def test_a_cluster_is_a_launch_s_and_leaves_other_launchers_alone(make_spec, gpu_binary):
+    spec = make_spec()
+    clusters = gpu_binary(spec, split="cluster", num_warps=2, tile=64, waves=1)
+    source = assemble([gpu_binary(spec), clusters], ALL).source
+    assert "{kClusterDimension, {static_cast<int>(variant.cluster), 1, 1}}" in source
+    # a box of 16 warps' results: 4 rows of 16 columns, m and l; shared memory of both kinds is asked for
+    assert f", 8, {16 * 4 * 18 * 4 // 1024 * 1024 + 1024}}}," in source
+    assert source.count("variant.smem_bytes + variant.box_bytes") == 3
+    assert "luster" not in assemble([gpu_binary(spec)], ALL).source
 
 
 def test_fixed_splits_take_a_slot_for_every_part_of_every_sequence(tmp_path, make_spec, gpu_binary):

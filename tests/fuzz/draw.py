@@ -34,7 +34,7 @@ BLOCKS = (1, 2, 3, 5, 8, 16, 16, 16, 32, 48, 64, 100, 128, 256, 528, 544, 784, 1
 DIMS = (32, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 128, 160, 192, 256)
 GROUPS = (1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 12, 16, 32, 71)
 TRIES = 5000
-HELD, HOLD = ("pdl",), 500  # of a schedule what is drawn first, and for how many draws of the rest
+HELD, HOLD = ("pdl", "split"), 500  # of a schedule what is drawn first, and for how many draws of the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def schedule_of(draw: Random, spec: KernelSpec, target: Target) -> Schedule:
     """The family's default in one of four draws, else any legal schedule.
 
     ``HELD`` are drawn first and the others until they go with them: decode's ``pdl`` 2 is legal with so few
-    others that it came in 1 of 60 draws.
+    others that it came in 1 of 60 draws, and clusters with fewer.
     """
     family = family_for(spec, target)
     found = family.fields(spec, target)

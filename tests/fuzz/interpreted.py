@@ -1,6 +1,6 @@
 """Draws put to Triton kernels in Triton's interpreter, one JSON line each.
 
-``TRITON_INTERPRET=1 python -m fuzz.interpreted OP SEED COUNT``, in the folder tests.
+``TRITON_INTERPRET=1 python -m fuzz.interpreted SEED OP=COUNT…``, in the folder tests.
 
 The interpreter computes bfloat16 wrongly and has no inline assembly, so queries are float16 and FP8 is
 decoded in plain Triton (docs/gpu_tests.md says where the rest is proved).
@@ -120,13 +120,15 @@ def interpretable(draw: Random, spec: KernelSpec) -> Schedule:
     if choices.get("fp8_decode", "none") != "none":
         choices["fp8_decode"] = "plain"
     choices |= {"pdl": 0} if "pdl" in choices else {}
+    if choices.get("split") == "cluster":
+        choices["split"] = "pieces"
     return Schedule.of(family_for(spec, HOST).name, **choices)
 
 
 def main() -> None:
-    op, seed, count = Op(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    seed, wanted = int(sys.argv[1]), [each.split("=") for each in sys.argv[2:]]
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(count):
+        for op, number in ((Op(op), number) for op, count in wanted for number in range(int(count))):
             draw = Random(f"{seed} {op} {number}")
             while (spec := spec_of(draw, op, HOST, SMALL)).q_dtype is DType.BF16:
                 continue

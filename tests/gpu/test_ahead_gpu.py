@@ -79,7 +79,9 @@ def late_writer():
     return write_late
 
 
-def wrong_after_late_writes(spec: KernelSpec, library: Library, spins: int = 20000) -> list[str]:
+def wrong_after_late_writes(
+    spec: KernelSpec, library: Library, spins: int = 20000, variant: int = 0
+) -> list[str]:
     """Which stale lengths and block ids, replaced late, changed the output."""
     import triton
 
@@ -88,7 +90,7 @@ def wrong_after_late_writes(spec: KernelSpec, library: Library, spins: int = 200
         inputs = make_inputs(spec, lens, "cuda", 3, pool="nhd", poison=False)
         workspace = torch.zeros(library.workspace_bytes(len(lens)), dtype=torch.uint8, device="cuda")
         inputs.out.zero_()  # rows without tokens are left alone
-        run_case(spec, library, 0, inputs, workspace)
+        run_case(spec, library, variant, inputs, workspace)
         expected = inputs.out.clone()
         rows, width = inputs.block_table.shape
         both = torch.cat([inputs.seq_lens, inputs.block_table.flatten()])
@@ -104,7 +106,7 @@ def wrong_after_late_writes(spec: KernelSpec, library: Library, spins: int = 200
                 torch.cuda.synchronize()
                 block = triton.next_power_of_2(len(both))
                 write_late[(1,)](room, both, len(both), spins, block=block)
-                run_case(spec, library, 0, late, workspace)
+                run_case(spec, library, variant, late, workspace)
                 torch.cuda.synchronize()
                 if not torch.equal(late.out, expected):
                     found.append(f"{lens}: {what} {name}")

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--speculative-tokens", type=int, default=0)
+    parser.add_argument("--logprobs", type=int, help="with the most likely tokens of every position")
     parser.add_argument("--attention-backend")
     parser.add_argument("--graphs", help="vLLM's cudagraph_mode, without torch.compile; eager if not given")
     parser.add_argument(
@@ -74,7 +75,13 @@ def main() -> None:
         (prefix if i % 2 else []) + [draw.randrange(3, 500) for _ in range(length)]
         for i, length in enumerate(lengths)
     ]
-    sampling = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=options.new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=options.logprobs,
+    )
     rounds = []
     for _ in range(options.rounds):  # the second finds the first's prompts in the prefix cache
         start = time.perf_counter()
@@ -87,6 +94,11 @@ def main() -> None:
                 "cached": sum(o.num_cached_tokens or 0 for o in outputs),
             }
         )
+        if options.logprobs:
+            rounds[-1]["logprobs"] = [
+                [{token: one.logprob for token, one in place.items()} for place in o.outputs[0].logprobs]
+                for o in outputs
+            ]
     calls = llm.collective_rpc("attention_calls")[0]
     print("RESULT " + json.dumps({"rounds": rounds, "calls": calls}))
 

@@ -1,6 +1,8 @@
 """For vLLM's ``worker_extension_cls``: what the end-to-end test changes in a worker, before it loads a model.
 
 Calls of the pack's kernels are counted. ``PAGEDGEN_TEST_TIMES=1``: the time that attention takes is added up.
+``PAGEDGEN_TEST_QUERIES=16``: vLLM's Triton backend keeps queries in 16 bits where the cache is in FP8, as
+pagedgen does; its own way is to round them to FP8 as well.
 """
 
 from __future__ import annotations
@@ -44,6 +46,18 @@ def _timed(function, name):
 
     return call
 
+
+if os.environ.get("PAGEDGEN_TEST_QUERIES") == "16":
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+
+    _made = TritonAttentionImpl.__init__
+
+    @wraps(_made)
+    def _init(self, *args, **options):
+        _made(self, *args, **options)
+        self.supports_quant_query_input = False
+
+    TritonAttentionImpl.__init__ = _init
 
 if os.environ.get("PAGEDGEN_TEST_TIMES"):
     from vllm.v1.attention.backends import cpu_attn

@@ -31,6 +31,13 @@ PAGEDGEN_EXPORT(decode) {
   return give_int(result, call.variant);
 }
 """
+EXTEND_PROBE = """
+PAGEDGEN_EXPORT(workspace_bytes) { return give_int(result, 0); }
+PAGEDGEN_EXPORT(extend) {
+  Call call;
+  return take_call(args, num_args, &call) ? give_int(result, call.variant) : -1;
+}
+"""
 RULES = (Rule(4, 512, 0), Rule(4, 2**31 - 1, 1), Rule(2**31 - 1, 2**31 - 1, 2))
 SPEC = KernelSpec(
     Op.DECODE, 64, 8, 2, 16, DType.F16, DType.FP8_E4M3, KVScale.TENSOR, KInner.DIM, return_lse=True
@@ -61,7 +68,8 @@ def probe(tmp_path_factory):
         )
         path = folder / f"{spec.name}-{len(dispatch)}.so"
         if not path.exists():
-            compile_library(Assembly(contract + PROBE, (), ()), path)
+            functions = PROBE if spec.op is Op.DECODE else EXTEND_PROBE
+            compile_library(Assembly(contract + functions, (), ()), path)
         return Library(path)
 
     return make
@@ -160,6 +168,29 @@ def test_the_first_row_that_fits_names_the_variant(probe, num_seqs, max_seq_len,
 def test_a_named_variant_wins_over_the_table(probe):
     for variant in range(3):
         assert probe(SPEC).decode(*{**arguments(), "variant": variant}.values()) == variant
+
+
+def test_the_table_of_extend_asks_for_the_queries_too(probe):
+    any_number = 2**31 - 1
+    rules = (
+        Rule(2, any_number, 0, max_num_tokens=2),
+        Rule(any_number, 16, 1, max_num_tokens=64),
+        Rule(any_number, any_number, 2),
+    )
+    spec = replace(SPEC, op=Op.EXTEND)
+    library = probe(spec, rules)
+
+    def picked(num_seqs: int, num_tokens: int, max_seq_len: int, variant: int = -1) -> int:
+        call = arguments(spec, num_seqs, max_blocks=8)
+        rows = torch.zeros(num_tokens, *call["q"].shape[1:], dtype=call["q"].dtype)
+        call |= {"q": rows, "out": rows, "lse": torch.zeros(num_tokens, spec.num_q_heads)}
+        call |= {"max_seq_len": max_seq_len, "variant": variant}
+        queries = torch.zeros(num_seqs + 1, dtype=torch.int32)
+        return library.extend(*list(call.values())[:5], queries, *list(call.values())[5:])
+
+    assert [picked(2, 2, 128), picked(2, 3, 128), picked(3, 2, 128)] == [0, 2, 2]
+    assert [picked(3, 64, 16), picked(3, 65, 16), picked(3, 64, 17)] == [1, 2, 2]
+    assert picked(2, 2, 128, variant=1) == 1
 
 
 def test_without_a_table_the_variant_must_be_named(probe):

@@ -55,7 +55,7 @@ class Interpreted:
 
     def kv_scales(self, new_k, new_v, slots, k_scale, v_scale, variant):
         strides = [*new_k.stride()[:2], *new_v.stride()[:2]]
-        self.kernel[(len(k_scale),)](new_k, new_v, slots, k_scale, v_scale, len(new_k), *strides)
+        self.kernel[(2 * len(k_scale),)](new_k, new_v, slots, k_scale, v_scale, len(new_k), *strides)
 
     def merge(self, outs, lses, out, lse, variant, *sinks):
         strides = [*outs.stride()[:3], *lses.stride(), *out.stride()[:2]]

@@ -12,7 +12,7 @@ from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.triton import alignment_of, compile_triton, signature_of
 from pagedgen.errors import Unsupported
-from pagedgen.templates.triton.decode import block_h, kv_align, loads_of, parts_of
+from pagedgen.templates.triton.decode import block_h, box_bytes, kv_align, loads_of, parts_of
 from pagedgen.values.schedule import Schedule
 from pagedgen.values.workload import Workload
 
@@ -56,6 +56,11 @@ GOLDENS = {
         {"split": "fixed", "part": 256, "max_parts": 32, "pdl": 1},
     ),
     "triton-llama-3-8b-f16-ahead": ({}, "h100", {"split": "walk", "pdl": 2, "waves": 1}),
+    "triton-mistral-f16-e4m3-cluster": (
+        {"kv": "fp8_e4m3", "scale": "tensor", "lse": True, "window": 4096},
+        "h100",
+        {"split": "cluster", "tile": 128, "waves": 1, "fp8_decode": "cvt", "sums": "dot", "pdl": 1},
+    ),
     "triton-token-slots-bf16": ({"q": "bf16", "block_size": 1}, "h100", {"tile": 128, "pdl": 1}),
 }
 
@@ -80,8 +85,13 @@ def test_source_has_no_unused_names_and_no_blank_runs(name):
     assert not any(line != line.rstrip() for line in text.splitlines())
     compile(text, name, "exec")
     body = text.split("\n):\n", 1)
+    # what the launcher gives every decode kernel, and one that merges in clusters has no use for
+    unused = ("partial_ptr", "partial_lse_ptr", "counter_ptr", "num_seqs", "partitions")
+    expected = [] if "cluster" not in name else unused
     for line in body[0].splitlines():
         argument = line.strip().rstrip(",")
+        if argument in expected:
+            continue
         if argument.endswith(("_ptr", "_scale", "_seqs", "_blocks", "partitions")) or "_stride" in argument:
             assert argument in body[1], f"{argument} is never used"
 
@@ -137,6 +147,11 @@ def test_loads_cover_head_dim_without_the_next_power_of_two(make_spec, head_dim,
             {"head_dim": 80, "heads": (71, 1), "block_size": 64, "lse": True},
             {"split": "walk", "pdl": 2, "waves": 1},
         ),
+        (
+            "h100",
+            {"q": "bf16", "kv": "fp8_e4m3", "window": 300, "sinks": True, "lse": True},
+            {"split": "cluster", "tile": 128, "waves": 1, "pdl": 2, "fp8_decode": "cvt", "sums": "reduce"},
+        ),
     ],
 )
 def test_compiles_for_a_named_arch_with_no_gpu(request, make_spec, arch, spec_args, choices):
@@ -153,11 +168,32 @@ def test_compiles_for_a_named_arch_with_no_gpu(request, make_spec, arch, spec_ar
     assert "cp.async.cg.shared.global" in binary.file("kernel.ptx").decode()
 
 
+@pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
+def test_programs_of_a_cluster_are_sent_results_once(make_spec, h100, kv):
+    spec = make_spec(kv=kv)
+    decode = {"fp8_decode": "cvt"} if kv != "f16" else {}
+    chosen = schedule(spec, split="cluster", tile=128, waves=1, **decode)
+    binary = compile_triton(render(spec, h100, chosen))
+    ptx = binary.file("kernel.ptx").decode()
+    assert f".b8 box[{box_bytes(spec, chosen)}]" in ptx
+    assert ptx.count("barrier.cluster.arrive.release.aligned") == 1  # behind it, nobody's memory is written
+    found = [s for s in feasible(spec, h100) if s["split"] == "cluster"]
+    assert {s["num_warps"] for s in found} == {2, 4}
+    # of rows of 128 bytes four warps copy 16 at once: with 16 tokens each, a warp's lie in the same banks
+    assert {s["tile"] for s in found if s["num_warps"] == 4} == ({128} if kv == "fp8_e4m3" else {64, 128})
+    assert {s["waves"] for s in found} == {s["merge"] // 32 for s in found} == {1}
+
+
 def test_batch_invariant_schedules_split_by_length_alone(make_spec, h100):
     spec = make_spec(batch_invariant=True)
     found = feasible(spec, h100)
     assert {s["split"] for s in found} == {"fixed"}
-    assert {s["split"] for s in feasible(make_spec(), h100)} == {"pieces", "even", "walk"}
+    assert {s["split"] for s in feasible(make_spec(), h100)} == {
+        "pieces",
+        "even",
+        "walk",
+        "cluster",
+    }
     one = default_schedule(spec, h100)
     batches = [Workload.uniform(1, 8192), Workload.uniform(32, 8192)]
     free = default_schedule(make_spec(), h100)

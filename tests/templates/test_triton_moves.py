@@ -38,7 +38,7 @@ SPECS = [
     {**SCALES, "heads": (2, 2), "head_dim": 80, "q": "f32", "kv": "fp8_e5m2", "scale": "head"},
     {**MERGE, "heads": (3, 3), "head_dim": 64},
     {**MERGE, "heads": (2, 2), "head_dim": 80, "q": "f32", "sinks": True},
-    {**COPY, "heads": (8, 8), "head_dim": 128, "head_dim_v": 64, "q": "f32"},
+    {**COPY, "heads": (2, 2), "head_dim": 128, "head_dim_v": 64, "q": "f32"},
 ]
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # in every run the fuzzer interprets kernels of the family
+
 CASES = {
     "gqa-lse": ({"heads": (4, 1), "head_dim": 64, "lse": True}, {}, 0),
     "many-seqs": ({"heads": (2, 1), "head_dim": 32}, {"tile_m": 16}, 130),

@@ -106,7 +106,18 @@ GRID = {
         "q": "bf16", "kv": "fp8_e4m3", "heads": (2, 1), "head_dim_v": 40, "k_inner": "token",
     },
 }  # fmt: skip
-SLOW = ("chunk", "h40v200", "e4m3-h128v40")  # the fuzzer draws the like in every run
+# The fuzzer draws the like in every run.
+SLOW = (
+    "block-8",
+    "block-256",
+    "chunk",
+    "e4m3-f16-h80",
+    "e4m3-h128v40",
+    "f32-g7",
+    "h40v200",
+    "sinks",
+    "soft-cap",
+)
 
 
 @needs_cpu

@@ -172,6 +172,35 @@ def test_a_batch_sees_requests_in_proportion_to_their_steps():
     assert abs(statistics.mean(grown) - 50) < 2
 
 
+@given(
+    st.lists(requests, min_size=1).filter(lambda r: any(x.output for x in r) and any(x.prompt for x in r)),
+    st.integers(1, 9000),
+    st.integers(0, 9),
+    st.integers(),
+)
+def test_a_step_holds_chunks_of_prompts_and_decodes(requests, num_tokens, num_decodes, seed):
+    trace = Trace("t", tuple(requests))
+    step = trace.step(num_tokens, num_decodes, seed)
+    assert step == trace.step(num_tokens, num_decodes, seed)
+    chunks = list(zip(step.seq_lens, step.query_lens, strict=True))
+    if num_decodes:
+        chunks, beside = chunks[:-num_decodes], chunks[-num_decodes:]
+        assert beside == [(n, 1) for n in trace.batch(num_decodes, seed).seq_lens]
+    assert sum(queries for _, queries in chunks) == num_tokens
+    prompts = {request.prompt for request in requests}
+    for number, (length, queries) in enumerate(chunks):
+        assert 0 < length <= max(prompts)
+        assert number == 0 or length == queries  # only the first began before
+        assert number == len(chunks) - 1 or length in prompts  # only the last goes on after
+
+
+def test_a_step_begins_anywhere_in_the_tokens_of_prompts():
+    trace = Trace("t", (Request(0, 1), Request(100, 1), Request(900, 1)))
+    first = [trace.step(1, seed=seed).seq_lens[0] for seed in range(2000)]
+    assert abs(sum(n > 100 for n in first) / 2000 - 0.8) < 0.04
+    assert abs(statistics.mean(first) - (0.1 * 50.5 + 0.9 * 450.5)) < 25
+
+
 def test_batches_can_be_cut_and_need_output():
     assert max(sample_trace().batch(64, max_seq_len=512).seq_lens) == 512
     assert [w.num_seqs for w in decode_workloads(sample_trace(), (1, 8))] == [1, 8]
@@ -179,5 +208,9 @@ def test_batches_can_be_cut_and_need_output():
         Trace("t", (Request(5, 0),)).batch(1)
     with pytest.raises(InvalidValue, match="num_seqs = 0"):
         sample_trace().batch(0)
+    with pytest.raises(InvalidValue, match="at least one request must have a prompt"):
+        Trace("t", (Request(0, 5),)).step(16)
+    with pytest.raises(InvalidValue, match="num_tokens = 0"):
+        sample_trace().step(0)
     with pytest.raises(InvalidValue, match="at least one request"):
         Trace("t", ())

@@ -88,6 +88,45 @@ def test_a_call_reads_what_its_queries_see(changes, workload, tokens):
     assert workload.cache_bytes(spec) == sum(workload.seq_lens) * SPEC.kv_bytes_per_token
 
 
+@pytest.mark.parametrize(
+    ("text", "op", "seqs", "queries"),
+    [
+        ("32x8192", Op.DECODE, (8192,) * 32, ()),
+        ("1x9+2x4", Op.DECODE, (9, 4, 4), ()),
+        ("3x64", Op.EXTEND, (64,) * 3, (64,) * 3),
+        (" 2x8of16+1x1of4 ", Op.EXTEND, (16, 16, 4), (8, 8, 1)),
+        ("1x4of64", Op.VERIFY, (64,), (4,)),
+    ],
+)
+def test_batches_are_spelled_in_one_way(text, op, seqs, queries):
+    workload = Workload.parse(text, op)
+    assert workload == Workload(text.strip(), seqs, queries)
+    assert workload.lens == (seqs, queries or (1,) * len(seqs))
+    assert workload.num_queries == sum(queries) or (op is Op.DECODE and workload.num_queries == len(seqs))
+
+
+@pytest.mark.parametrize("text", ["", "32", "0x8", "x8", "4x-1", "2x8+", "2x8of4x1"])
+def test_misspelled_batches(text):
+    with pytest.raises(InvalidValue, match=r"workload = .*like 4x512of8192, parts joined by"):
+        Workload.parse(text, Op.EXTEND)
+    with pytest.raises(InvalidValue, match=r"workload = .*like 32x8192"):
+        Workload.parse("2x8of16", Op.DECODE)
+    with pytest.raises(InvalidValue, match="query_lens = 32"):
+        Workload.parse("1x32of16", Op.EXTEND)
+
+
+def test_the_floor_is_the_later_one_of_reading_and_of_products():
+    prompt, step = Workload.parse("1x4096", Op.EXTEND), Workload.parse("4x1of4096", Op.EXTEND)
+    spec = replace(SPEC, op=Op.EXTEND)
+    assert prompt.floor_us(spec, 1000, 100) == pytest.approx(prompt.flops(spec) / 1e8)
+    assert step.floor_us(spec, 1000, 100) == pytest.approx(step.kv_bytes(spec) / 1e6)
+    assert prompt.floor_us(spec, 1000) == pytest.approx(prompt.kv_bytes(spec) / 1e6)
+    record = replace(MEASURED, spec=spec, workload=prompt, roofline_tflops=100.0)
+    floor = max(prompt.flops(spec) / 1e8, prompt.kv_bytes(spec) / record.roofline_gbs / 1e3)
+    assert record.roofline_share == pytest.approx(floor / record.time_us)
+    assert record.tflops == pytest.approx(prompt.flops(spec) / record.time_us / 1e6)
+
+
 @pytest.mark.parametrize("lengths", [(), (5, -1), (1.5,), (True,)])
 def test_impossible_workloads(lengths):
     with pytest.raises(InvalidValue, match="seq_lens"):

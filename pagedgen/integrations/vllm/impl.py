@@ -19,6 +19,7 @@ from pagedgen.integrations.serving_pack import (
     require_version,
 )
 from pagedgen.runtime.attention import Attention
+from pagedgen.runtime.huge_pages import use_huge_pages
 from pagedgen.values.spec import DType, KernelSpec, KInner
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
         self._pack.check(self.layer)
         self._attention: Attention = self._pack.attention
         logger.info_once("pagedgen: %s serves %s", self._pack.pack.path, self.layer)
+        self._met_cache = False
         self._kernels: LayerKernels | None = None
         self._workspaces: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -163,6 +165,9 @@ class PagedgenImpl(AttentionImpl):  # type: ignore[misc]
     ) -> None:
         """Store ``key`` and ``value``, ``[num_tokens, num_kv_heads, head_dim]``; slot -1 is nowhere."""
         assert self._kernels is not None
+        if not self._met_cache:  # once: vLLM has allocated it before the first step
+            self._met_cache = True
+            use_huge_pages(kv_cache)
         k, v = self.views(kv_cache)
         k_scale, v_scale = self._scales(layer)
         tokens = slot_mapping.shape[0]
