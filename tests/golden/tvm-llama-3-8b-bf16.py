@@ -1,13 +1,13 @@
-# decode_550d0140_46d48b37: paged attention decode on a CPU, for one KV head of one sequence at a time
+# decode_550d0140_5a9552f2: paged attention decode on a CPU, for one KV head of one sequence at a time
 # spec      decode-h128-q32-kv8-b16-bf16-ktoken
-# schedule  ahead1-dotbf16-intol2-k_heads4-k_vectors4-lanes16-streams8-tile128-v_heads2-v_vectors8
+# schedule  ahead1-dotbf16-intol2-k_heads4-k_vectors4-lanes16-streams4-tile64-v_heads2-v_vectors8
 # target    x86_64-avx512bf16; pagedgen 0.1.0
 #
-# tile      128 tokens that are processed together, by all 4 query heads of the KV head
-# unit      16 consecutive tokens of one block; k_units and v_units hold the offsets of the 8 of every tile
+# tile      64 tokens that are processed together, by all 4 query heads of the KV head
+# unit      16 consecutive tokens of one block; k_units and v_units hold the offsets of the 4 of every tile
 # state     a partial softmax: [4, 128] sums of p * V, [4] maximal scores (base 2), [4] sums of p
-# next      what lies 8 units further on: prefetched line by line while this tile is read
-# pair      two bf16 in an int32, for vdpbf16ps: dims d and d + 1 of q and K, tokens t and t + 64 of p and V
+# next      what lies 4 units further on: prefetched line by line while this tile is read
+# pair      two bf16 in an int32, for vdpbf16ps: dims d and d + 1 of q and K, tokens t and t + 32 of p and V
 
 from tvm.script import ir as I, tirx as T
 
@@ -56,14 +56,14 @@ class Decode:
         v_units: T.handle("int64"),
         state: T.handle("float32"),
         num_tiles: T.int32,
-        num_tokens: T.int32,  # in these tiles; only the last may have fewer than 128
+        num_tokens: T.int32,  # in these tiles; only the last may have fewer than 64
         zeros: T.int64,  # offset from v of a row of zeros, which stands in for tokens past the end
         q_stride: T.int64,  # of heads
         k_stride: T.int64,  # of head_dim
         v_stride: T.int64,  # of tokens
         scale: T.float32,  # of scores, to base 2
     ):
-        T.func_attr({"global_symbol": "decode_550d0140_46d48b37_tiles", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "decode_550d0140_5a9552f2_tiles", "calling_conv": 3, "tirx.noalias": True})
         T.attr(T.int32(0), "pragma_import_llvm", LLVM)
         Q = T.decl_buffer((1,), "uint16", data=q)
         K = T.decl_buffer((1,), "uint16", data=k)
@@ -71,11 +71,11 @@ class Decode:
         KU = T.decl_buffer((1,), "int64", data=k_units)
         VU = T.decl_buffer((1,), "int64", data=v_units)
         STATE = T.decl_buffer((520,), "float32", data=state)
-        s = T.alloc_local((512,), "float32")  # [4, 128] scores, then p
+        s = T.alloc_local((256,), "float32")  # [4, 64] scores, then p
         alpha = T.alloc_local((4,), "float32")  # [4] what the sums so far are scaled by
-        p = T.alloc_local((256,), "int32")  # [4, 64] pairs
-        v_row = T.alloc_local((128,), "int64")  # [128] offsets of the tokens of a tile
-        v_next = T.alloc_local((128,), "int64")
+        p = T.alloc_local((128,), "int32")  # [4, 32] pairs
+        v_row = T.alloc_local((64,), "int64")  # [64] offsets of the tokens of a tile
+        v_next = T.alloc_local((64,), "int64")
         qs = T.alloc_local((256,), "int32")  # [4, 64] pairs
         for h in T.serial(4):
             for d in T.serial(64):
@@ -85,31 +85,31 @@ class Decode:
                 )
 
         for tile in T.serial(num_tiles):
-            for n in T.serial(8):
+            for n in T.serial(4):
                 for c in T.serial(2):
                     for i in T.vectorized(8):
-                        v_row[n * 16 + c * 8 + i] = T.Select(tile * 128 + n * 16 + c * 8 + i < num_tokens, VU[tile * 8 + n] + (c * 8 + i) * v_stride, zeros)
-                        v_next[n * 16 + c * 8 + i] = VU[tile * 8 + n + 8] + (c * 8 + i) * v_stride
+                        v_row[n * 16 + c * 8 + i] = T.Select(tile * 64 + n * 16 + c * 8 + i < num_tokens, VU[tile * 4 + n] + (c * 8 + i) * v_stride, zeros)
+                        v_next[n * 16 + c * 8 + i] = VU[tile * 4 + n + 4] + (c * 8 + i) * v_stride
 
             # s = q @ K^T
             for hb in T.serial(1):
-                for tb in T.unroll(2):
+                for tb in T.unroll(1):
                     acc = T.alloc_local((256,), "float32")  # [4, 64]
                     for j in T.unroll(16):
                         for i in T.vectorized(16):
                             acc[j * 16 + i] = T.float32(0)
                     for db in T.serial(64):
-                        step = (hb * 2 + tb) * 64 + db  # of 128, over which 512 prefetches are spread
+                        step = (hb * 1 + tb) * 64 + db  # of 64, over which 256 prefetches are spread
                         for l in T.unroll(4):
                             line = step * 4 + l
-                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(K[KU[tile * 8 + 8 + line // 256 * 4 + line % 4] + line // 4 % 64 * 2 * k_stride]), 0, 2, 1))
+                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(K[KU[tile * 4 + 4 + line // 256 * 4 + line % 4] + line // 4 % 64 * 2 * k_stride]), 0, 2, 1))
                         for db_row in T.unroll(1):
                             raw = T.alloc_local((128,), "uint16")  # [2, 64]
                             for r in T.unroll(2):
                                 for c in T.unroll(4):
                                     for i in T.vectorized(16):
                                         raw[r * 64 + c * 16 + i] = K[
-                                            KU[tile * 8 + (tb * 64 + c * 16) // 16]
+                                            KU[tile * 4 + (tb * 64 + c * 16) // 16]
                                             + (tb * 64 + c * 16) % 16
                                             + (db * 2 + db_row * 2 + r) * k_stride
                                             + i
@@ -131,26 +131,26 @@ class Decode:
                     for h in T.unroll(4):
                         for j in T.unroll(4):
                             for i in T.vectorized(16):
-                                s[(hb * 4 + h) * 128 + tb * 64 + j * 16 + i] = acc[(h * 4 + j) * 16 + i]
+                                s[(hb * 4 + h) * 64 + tb * 64 + j * 16 + i] = acc[(h * 4 + j) * 16 + i]
 
             # p = softmax(s), online: the sums so far shrink by alpha when the maximum grows
             for h in T.serial(4):
-                for l in T.unroll(16):
-                    line = T.min(h * 16 + l, 63)
-                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 8 * 16 + line // 32] + line // 8 % 4 * 32]), 0, 2, 1))
+                for l in T.unroll(8):
+                    line = T.min(h * 8 + l, 31)
+                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 4 * 16 + line // 16] + line // 4 % 4 * 32]), 0, 2, 1))
                 x = T.alloc_local((16,), "float32")
                 n = T.alloc_local((16,), "float32")
                 total = T.alloc_local((16,), "float32")
                 for i in T.vectorized(16):
                     x[i] = T.float32(-1e30)
                     total[i] = T.float32(0)
-                for j in T.unroll(8):
+                for j in T.unroll(4):
                     for i in T.vectorized(16):
-                        s[h * 128 + j * 16 + i] = T.Select(
-                            tile * 128 + j * 16 + i < num_tokens, s[h * 128 + j * 16 + i] * scale, T.float32(-1e30)
+                        s[h * 64 + j * 16 + i] = T.Select(
+                            tile * 64 + j * 16 + i < num_tokens, s[h * 64 + j * 16 + i] * scale, T.float32(-1e30)
                         )
                     for i in T.vectorized(16):
-                        x[i] = T.max(x[i], s[h * 128 + j * 16 + i])
+                        x[i] = T.max(x[i], s[h * 64 + j * 16 + i])
                 old = STATE[512 + h]
                 new = T.max(old, T.call_pure_extern("float32", "max_lanes", x[T.Ramp(0, 1, 16)]))
                 STATE[512 + h] = new
@@ -163,9 +163,9 @@ class Decode:
                 for i in T.vectorized(16):  # 2^(x - n) a polynomial, n goes to the exponent
                     x[i] = T.reinterpret("float32", T.reinterpret("int32", (((((T.float32(0.00134404927) * x[i] + T.float32(0.00967211641)) * x[i] + T.float32(0.0555017106)) * x[i] + T.float32(0.240222294)) * x[i] + T.float32(0.693147348)) * x[i] + T.float32(1.0))) + T.shift_left(T.reinterpret("int32", n[i]), 23))
                 alpha[h] = x[0]
-                for j in T.unroll(8):
+                for j in T.unroll(4):
                     for i in T.vectorized(16):  # far past the end: 2^-126, times a row of zeros
-                        x[i] = T.max(s[h * 128 + j * 16 + i] - new, T.float32(-126))
+                        x[i] = T.max(s[h * 64 + j * 16 + i] - new, T.float32(-126))
                     for i in T.vectorized(16):  # 2^x: n is x rounded to an integer,
                         n[i] = x[i] + T.float32(12582912)
                     for i in T.vectorized(16):
@@ -173,16 +173,16 @@ class Decode:
                     for i in T.vectorized(16):  # 2^(x - n) a polynomial, n goes to the exponent
                         x[i] = T.reinterpret("float32", T.reinterpret("int32", (((((T.float32(0.00134404927) * x[i] + T.float32(0.00967211641)) * x[i] + T.float32(0.0555017106)) * x[i] + T.float32(0.240222294)) * x[i] + T.float32(0.693147348)) * x[i] + T.float32(1.0))) + T.shift_left(T.reinterpret("int32", n[i]), 23))
                     for i in T.vectorized(16):
-                        s[h * 128 + j * 16 + i] = x[i]
+                        s[h * 64 + j * 16 + i] = x[i]
                     for i in T.vectorized(16):
                         total[i] = total[i] + x[i]
                 STATE[516 + h] = STATE[516 + h] * alpha[h] + T.call_pure_extern("float32", "sum_lanes", total[T.Ramp(0, 1, 16)])
-                for j in T.unroll(4):
-                    p[T.Ramp(h * 64 + j * 16, 1, 16)] = T.call_pure_extern(
+                for j in T.unroll(2):
+                    p[T.Ramp(h * 32 + j * 16, 1, 16)] = T.call_pure_extern(
                         "int32x16",
                         "pack",
-                        s[T.Ramp(h * 128 + j * 16, 1, 16)],
-                        s[T.Ramp(h * 128 + 64 + j * 16, 1, 16)],
+                        s[T.Ramp(h * 64 + j * 16, 1, 16)],
+                        s[T.Ramp(h * 64 + 32 + j * 16, 1, 16)],
                     )
 
             # state = state * alpha + p @ V
@@ -196,15 +196,15 @@ class Decode:
                                     STATE[(hb * 2 + h) * 128 + (cb * 8 + j) * 16 + i] * alpha[hb * 2 + h]
                                 )
                     for r in T.serial(16):
-                        step = (hb * 1 + cb) * 16 + r  # of 32, over which 448 prefetches are spread
-                        for l in T.unroll(14):
-                            line = step * 14 + l + 64
-                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 8 * 16 + line // 32] + line // 8 % 4 * 32]), 0, 2, 1))
-                        for n in T.unroll(4):
+                        step = (hb * 1 + cb) * 16 + r  # of 32, over which 224 prefetches are spread
+                        for l in T.unroll(7):
+                            line = step * 7 + l + 32
+                            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(V[v_next[line % 4 * 16 + line // 16] + line // 4 % 4 * 32]), 0, 2, 1))
+                        for n in T.unroll(2):
                             t = n * 16 + r
                             for j in T.unroll(4):
                                 row0 = V[T.Ramp(v_row[t] + (cb * 8 + j * 2) * 16, T.int64(1), 32)]
-                                row1 = V[T.Ramp(v_row[t + 64] + (cb * 8 + j * 2) * 16, T.int64(1), 32)]
+                                row1 = V[T.Ramp(v_row[t + 32] + (cb * 8 + j * 2) * 16, T.int64(1), 32)]
                                 pair0 = T.reinterpret("int32x16", T.Shuffle([row0, row1], PAIR_TOKENS0))
                                 pair1 = T.reinterpret("int32x16", T.Shuffle([row0, row1], PAIR_TOKENS1))
                                 for h in T.unroll(2):
@@ -213,14 +213,14 @@ class Decode:
                                         "dot16",
                                         acc[T.Ramp((h * 8 + j * 2) * 16, 1, 16)],
                                         pair0,
-                                        T.Broadcast(p[(hb * 2 + h) * 64 + t], 16),
+                                        T.Broadcast(p[(hb * 2 + h) * 32 + t], 16),
                                     )
                                     acc[T.Ramp((h * 8 + j * 2 + 1) * 16, 1, 16)] = T.call_pure_extern(
                                         "float32x16",
                                         "dot16",
                                         acc[T.Ramp((h * 8 + j * 2 + 1) * 16, 1, 16)],
                                         pair1,
-                                        T.Broadcast(p[(hb * 2 + h) * 64 + t], 16),
+                                        T.Broadcast(p[(hb * 2 + h) * 32 + t], 16),
                                     )
                     for h in T.unroll(2):
                         for j in T.unroll(8):
@@ -237,7 +237,7 @@ class Decode:
         out_stride: T.int64,  # of heads
         scale: T.float32,  # of V
     ):
-        T.func_attr({"global_symbol": "decode_550d0140_46d48b37_merge", "calling_conv": 3, "tirx.noalias": True})
+        T.func_attr({"global_symbol": "decode_550d0140_5a9552f2_merge", "calling_conv": 3, "tirx.noalias": True})
         S = T.decl_buffer((1,), "float32", data=states)
         AT = T.decl_buffer((1,), "int64", data=offsets)
         O = T.decl_buffer((1,), "uint16", data=out)
