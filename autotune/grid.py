@@ -108,7 +108,7 @@ class Grid:
                 owners.append(i)
                 continue
             for value in axis.codes.values():
-                columns.append([float(code == value) * 0.5**0.5 for code in codes])
+                columns.append([float(code == value) / 2 for code in codes])
                 owners.append(i)
         matrix = np.array(columns).T if columns else np.zeros((len(self.schedules), 0))
         return matrix, np.array(owners, dtype=np.int64)

@@ -509,11 +509,19 @@ def open_storage(text: str) -> BaseStorage:
 def _journal(path: Path) -> BaseStorage:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Optuna takes a file's only line, whatever it holds, for one that is still being written
+        if path.exists() and not _begins_like_one(path):
+            raise ValueError("its first line is not an object")
         return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
     except OSError as error:
         raise StudyUnreachable(str(path), error.strerror or str(error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise MalformedFile(path, "journal", f"not a journal of Optuna's: {error}") from error
+
+
+def _begins_like_one(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) in (b"", b"{")
 
 
 def _unreachable() -> tuple[type[BaseException], ...]:

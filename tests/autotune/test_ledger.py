@@ -160,9 +160,11 @@ def test_bad_storages_are_named(tmp_path: Path, journal: str) -> None:
         open_storage("sqlite:////nowhere/at/all.db")
     with pytest.raises(InvalidValue, match="storage"):
         open_storage("postgresql+psycopg//typo://")
-    (tmp_path / "notes.txt").write_text("not\na journal\n")
-    with pytest.raises(MalformedFile, match="journal"):
-        open_storage(str(tmp_path / "notes.txt"))
+    for text in ("not\na journal\n", "a line\n", "a word", '{"a": 1}\n'):
+        (tmp_path / "notes.txt").write_text(text)
+        with pytest.raises(MalformedFile, match="journal"):
+            open_storage(str(tmp_path / "notes.txt"))
+        assert (tmp_path / "notes.txt").read_text() == text
     (tmp_path / "file").touch()
     with pytest.raises(StudyUnreachable, match=r"Not a directory|exists"):
         open_storage(str(tmp_path / "file" / "study.log"))

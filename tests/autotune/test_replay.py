@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from recorded import Recording, Replay, combined, nearest, neighbours, recordings
+from recorded import Recording, Replay, combined, nearest, neighbours, recordings, repeated
 
 from pagedgen.autotune.grid import Grid
 from pagedgen.autotune.ledger import Ledger
@@ -22,10 +22,9 @@ from pagedgen.autotune.search import Found, Stop, search
 from pagedgen.autotune.tune import pruned
 from pagedgen.values.schedule import Schedule
 
-CASES = (*recordings(), *combined())
-# All but one: 8x4096 in fp16, of which one schedule of 255 is within 1% of the best. 2 of 10 seeds end there,
-# the others at most 1.3% above.
-STEADY = tuple(case for i, case in enumerate(CASES) if i != 3)
+CASES = (*recordings(), *combined(), *repeated())
+# In every test run: among them the hardest, fp16 8x4096, where one schedule of 255 is within 1% of the best.
+FEW = (1, 3, 5, 8, 18)
 
 
 @cache
@@ -75,18 +74,23 @@ def regret_of_finalists(recording: Recording, found: Found) -> float:
 
 @pytest.mark.parametrize(
     "recording",
-    [pytest.param(r, marks=pytest.mark.slow if i >= 6 else (), id=r.name) for i, r in enumerate(STEADY)],
+    [
+        pytest.param(r, marks=() if i in FEW else pytest.mark.slow, id=f"{i}-{r.name}")
+        for i, r in enumerate(CASES)
+    ],
 )
 def test_within_1_percent_of_the_exhaustive_best_in_15_percent_of_the_space(recording: Recording) -> None:
-    ways = set()
+    ways, ends = set(), []
     for seed in range(10):
         replay = Replay(recording)
         found = run(recording, replay, seed)
         ways.add(tuple(replay.asked))
         assert found.best is not None
-        assert recording.regret(found.best.schedule) <= 0.01, seed
+        ends.append(recording.regret(found.best.schedule))
         assert len(replay.asked) == len(set(replay.asked)) == len(recording.times) * 15 // 100
         assert found.stop is Stop.TRIALS
+    # The mean of the fp16 cases leaves four picks of 85 after eight guesses: there one search ends at 1.4%.
+    assert sum(end <= 0.01 for end in ends) >= (9 if recording is CASES[15] else 10), ends
     assert len(ways) == 10  # ten searches, not one that ten seeds repeat
 
 
@@ -96,7 +100,7 @@ def test_no_case_ends_far_from_its_best(recording: Recording) -> None:
     assert found.best is not None and recording.regret(found.best.schedule) <= 0.04
 
 
-@pytest.mark.parametrize("recording", STEADY[:3], ids=lambda r: r.name)
+@pytest.mark.parametrize("recording", CASES[:3], ids=lambda r: r.name)
 def test_noise_of_a_measurement_does_not_mislead_it(recording: Recording) -> None:
     ends = [
         regret_of_finalists(recording, run(recording, Replay(recording, noise=0.005, seed=seed), seed))

@@ -19,7 +19,7 @@ from pagedgen.autotune import tune as module
 from pagedgen.autotune.binaries import BinaryCache
 from pagedgen.autotune.database import Database, Fit
 from pagedgen.autotune.events import Event, Started, Tried, Warned
-from pagedgen.autotune.search import Stop
+from pagedgen.autotune.search import Stop, search
 from pagedgen.autotune.select import ANY
 from pagedgen.autotune.tune import Effort, Plan, Workshop, regimes, spread, tune
 from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate
@@ -122,6 +122,25 @@ def test_what_is_chosen_on_record_is_timed_beside_the_finalists(fakes, database,
     again = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
     assert {r.workload for r in again.records if r.schedule == slow} == {SHORT, LONG}
     assert slow not in again.selection.variants
+
+
+def test_the_search_is_told_what_a_neighbour_timed_and_tries_new_values(
+    fakes, database, cpu, monkeypatch
+) -> None:
+    near = replace(SPEC, head_dim=128)
+    tune(near, cpu, [SHORT, LONG], effort="max", database=database)
+    given: dict[str, object] = {}
+
+    def spy(*arguments: object, **named: object) -> object:
+        given.update(named)
+        return search(*arguments, **named)
+
+    monkeypatch.setattr(module, "search", spy)
+    fakes += [schedule(tile, 4, "new") for tile in (8, 16, 32)]
+    tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
+    (times,) = given["elsewhere"]
+    assert set(times) == set(FINE)
+    assert any(one["mood"] == "new" for one in given["start"])
 
 
 def test_whatever_goes_wrong_costs_one_candidate(fakes, database, cpu) -> None:
