@@ -254,8 +254,8 @@ class TritonDecode(Family):
         """How a batch is shared out; where bits may not follow from it, how a sequence is split."""
         meaning = "how a batch is shared out among programs"
         splits: tuple[Choice, ...] = ("pieces", "even", "walk")
-        # clusters came with sm_90; a warp has 32 rows of accumulators at most
-        if target.kind == "cuda" and target.capability >= 90 and block_h(spec) <= 32:
+        # clusters came with sm_90 and were run nowhere else; a warp has 32 rows of accumulators at most
+        if target.kind == "cuda" and target.capability == 90 and block_h(spec) <= 32:
             splits += ("cluster",)
         if not spec.batch_invariant:
             return (Field("split", splits, "pieces", meaning),)

@@ -86,7 +86,7 @@ class TvmDecode(Family):
         # fp8 and wide groups are bound by compute: four heads at once, all of a group of 16, where V then is
         # decoded once.
         # What a sequence's last tile has too many is computed with nothing left to read beside it: 64 tokens
-        # instead of 128 gained 7 to 11% at 1,057 tokens, and lost nothing at 1,152, with 4 streams.
+        # instead of 128 gained 5 to 7% at 1,057 tokens (minima), and lost nothing at 1,152, with 4 streams.
         half, short = level.registers // 2, inner and level.bits == 512
         k_head = nearest(k_heads, half if inner else 4)
         fp8 = spec.kv_dtype.is_fp8

@@ -79,7 +79,7 @@ def send(values, to, at, ok):
         .reg .pred wanted;
         .reg .b32 there;
         setp.ne.b32 wanted, $4, 0;
-        mapa.shared::cluster.u32 there, $3, $2;
+        @wanted mapa.shared::cluster.u32 there, $3, $2;
         @wanted st.shared::cluster.b32 [there], $1;
         mov.u32 $0, 0;
         }""",
