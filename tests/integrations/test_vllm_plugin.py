@@ -217,18 +217,6 @@ def test_slopes_reach_both_operators_in_float32(make):
         assert slopes.tolist() == [0.5, 0.25, 0.125, 0.0625]
 
 
-def test_chunked_local_attention_is_refused_by_name():
-    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
-
-    from pagedgen.integrations.vllm.metadata import MetadataBuilder
-
-    chunked = ChunkedLocalAttentionSpec(
-        block_size=SIZE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32, attention_chunk_size=8192
-    )
-    with pytest.raises(Unsupported, match="attention_chunk_size = 8192"):
-        MetadataBuilder(chunked, ["layer"], None, torch.device("cpu"))
-
-
 def test_profiling_computes_nothing(make):
     out = torch.full((2, 4, DIM), 3.0)
     assert (make().forward(None, out, None, None, torch.zeros(0), None, out) == 0).all()
@@ -290,3 +278,60 @@ def test_what_a_step_is_built_of(queries, whole, num_decodes):
     assert builder.update_block_table(built, other, batch.slot_mapping).block_table is other
     with pytest.raises(Unsupported, match="causal = False"):
         builder.build(0, common([20, 30, 40], queries, causal=False))
+
+
+@pytest.mark.parametrize(("chunk", "most_seqs"), [(32, 2 * 4 + 100 // 32), (None, 4)])
+def test_attention_in_chunks_has_room_for_a_sequence_of_every_chunk(make, monkeypatch, chunk, most_seqs):
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
+
+    from pagedgen.integrations.vllm import metadata
+
+    implementation = make()
+    layers = {"layer": type("Layer", (), {"impl": implementation})}
+    monkeypatch.setattr(metadata, "get_layers_from_vllm_config", lambda *_: layers)
+    own = {"block_size": SIZE, "num_kv_heads": HEADS, "head_size": DIM, "dtype": torch.float32}
+    spec = ChunkedLocalAttentionSpec(**own, attention_chunk_size=chunk) if chunk else FullAttentionSpec(**own)
+
+    class Scheduling(Config):
+        class compilation_config:
+            cudagraph_mode, cudagraph_capture_sizes = metadata.CUDAGraphMode.FULL, [4]
+
+        class scheduler_config:
+            max_num_seqs, max_num_batched_tokens = 3, 100
+
+        class parallel_config:
+            decode_context_parallel_size, prefill_context_parallel_size = 1, 1
+            dcp_kv_cache_interleave_size, cp_kv_cache_interleave_size = 1, 1
+
+        speculative_config = None
+
+    bound = []
+    monkeypatch.setattr(implementation, "bind", lambda *arguments: bound.append(arguments))
+    builder = metadata.MetadataBuilder(spec, ["layer"], Scheduling, torch.device("cpu"))
+    assert bound == [(SIZE, most_seqs, torch.device("cpu"))]
+    assert builder._whole is not bool(chunk)  # vLLM never captures chunks
+
+
+def test_attention_in_chunks_is_a_sequence_a_chunk(make):
+    """Two sequences of 70 and 40 tokens, chunks of 32: 1 new token at 69; 20 new tokens from 20 on."""
+    from vllm.model_executor.layers.attention.chunked_local_attention import (
+        create_chunked_local_attention_backend,
+    )
+
+    from pagedgen.integrations.vllm.backend import PagedgenBackend
+
+    chunked = create_chunked_local_attention_backend(PagedgenBackend, 32)
+    builder = object.__new__(chunked.get_builder_cls())
+    builder._whole, builder._block_size = False, SIZE
+    builder.kv_cache_spec = type("Spec", (), {"block_size": SIZE})
+    batch = common([70, 40], [1, 20])
+    batch.block_table_tensor = torch.arange(10, dtype=torch.int32).view(2, 5)
+    built = builder.build(0, batch)
+    assert built.query_start_loc.tolist() == [0, 1, 13, 21]
+    assert built.seq_lens.tolist() == [6, 32, 8]
+    assert built.block_table.tolist() == [[4, 4], [5, 6], [7, 8]]  # vLLM repeats a table's last column
+    assert (built.num_decodes, built.num_tokens, built.max_seq_len) == (1, 21, 32)
+    other = torch.arange(10, 20, dtype=torch.int32).view(2, 5)
+    again = builder.update_block_table(built, other, batch.slot_mapping)
+    assert again.block_table.tolist() == [[14, 14], [15, 16], [17, 18]]
+    assert chunked.get_impl_cls() is PagedgenBackend.get_impl_cls()

@@ -38,6 +38,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "llama4": (  # attention in chunks; dense layers, of which the last sees all tokens and rotates nothing
+        "Llama4TextConfig",
+        {
+            "attention_chunk_size": 64,
+            "intermediate_size_mlp": 256,
+            "interleave_moe_layer_step": 8,
+            "num_local_experts": 1,
+            "no_rope_layers": [1, 1, 1, 0],
+        },
+    ),
     "bloom": ("BloomConfig", {"num_key_value_heads": 4, "tie_word_embeddings": True}),  # ALiBi
     "gpt-oss": (
         "GptOssConfig",

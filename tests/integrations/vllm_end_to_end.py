@@ -35,6 +35,7 @@ RUNS: tuple[Run, ...] = (
     ("gemma2", "token", ()),
     ("gpt-oss", "token", ()),
     ("bloom", "token", ()),
+    ("llama4", "token", ()),
 )
 # Natural logarithms. A bf16 number has three bits less than one in f16; and where caches are in FP8, one unit
 # of f16 more or less makes K or V another FP8 number, up to 1/16 away, in the layers above.
@@ -54,6 +55,7 @@ GPU_RUNS: tuple[Run, ...] = (
     ("gemma2", "gpu", (*BF16, *DECODES)),
     ("gemma2", "gpu", (*BF16, *FULL)),
     ("gpt-oss", "gpu", DECODES),
+    ("llama4", "gpu", DECODES),
 )
 
 

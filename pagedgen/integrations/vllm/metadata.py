@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepMetadata(AttentionMetadata):  # type: ignore[misc]
     """A batch: ``num_decodes`` sequences of one query each come first, the others after them.
 
     ``query_start_loc`` int32 ``[num_seqs + 1]``, ``seq_lens`` int32 ``[num_seqs]``, ``block_table`` int32
-    ``[num_seqs, max_blocks]``, all on the device; ``max_seq_len`` is a bound on seq_lens.
+    ``[num_seqs, max_blocks]``, all on the device; ``max_seq_len`` is a bound on seq_lens. vLLM sets
+    ``make_virtual_batches_block_table`` for layers with attention in chunks.
     """
 
     num_tokens: int
@@ -38,6 +40,7 @@ class StepMetadata(AttentionMetadata):  # type: ignore[misc]
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     max_seq_len: int
+    make_virtual_batches_block_table: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def num_seqs(self) -> int:
@@ -51,6 +54,9 @@ class MetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: ignore[m
     Every tensor is vLLM's persistent one, so captured graphs see the values of the step that replays them. A
     mixed batch is two calls, decodes apart, except where vLLM captures mixed batches whole: how many of a
     replayed batch are decodes is not known at its capture, so that there one call of extend takes them all.
+
+    For attention in chunks (Llama 4) vLLM makes a sequence of every chunk that a step has queries in, over
+    that chunk's blocks alone, and never captures: kernels without chunks serve such batches.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
@@ -60,19 +66,21 @@ class MetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: ignore[m
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
-        if isinstance(kv_cache_spec, ChunkedLocalAttentionSpec):
-            why = "pagedgen's plug-in has no part in vLLM's cutting of batches into chunks"
-            refuse("attention_chunk_size", kv_cache_spec.attention_chunk_size, why)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         config = vllm_config.compilation_config
         mode = config.cudagraph_mode
-        self._whole = mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
+        chunked = isinstance(kv_cache_spec, ChunkedLocalAttentionSpec)
+        self._whole = not chunked and mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
         self._block_size: int = kv_cache_spec.block_size
         # Graphs are captured for padded batches, which may pass max_num_seqs.
         most_seqs = max(
             vllm_config.scheduler_config.max_num_seqs, max(config.cudagraph_capture_sizes or (), default=0)
         )
+        if chunked:
+            # Of q new tokens at most 2 + q / chunk chunks have some: the first and the last may have few.
+            most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            most_seqs = 2 * most_seqs + most_tokens // kv_cache_spec.attention_chunk_size
         for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
             if isinstance(layer.impl, PagedgenImpl):
                 layer.impl.bind(self._block_size, most_seqs, device)
