@@ -117,11 +117,19 @@ def test_what_fails_keeps_it_from_the_neighbours(failing: str, other: str) -> No
 
 def test_what_others_are_timing_is_not_asked_for_next_door() -> None:
     times = {i: bowl(i) for i in range(0, len(ORDER), 5)}
-    first, second = proposals(times, 2)
-    untried = [i for i in range(len(ORDER)) if i not in times and i != first]
-    # believed to come out as expected, it is worth what a pick of one's own is
-    assert proposals(times, 1, running=(first,), untried=untried)
-    assert second in proposals(times, 3, running=(first,), untried=untried)
+    seen, observed = np.array(list(times)), np.array(list(times.values()))
+    taken = proposals(times, 1)[0]
+    untried = np.array([i for i in EVERYTHING if i not in times and i != taken])
+    one = surrogate()
+    alone, beside = (
+        _Posterior(one, one._first, seen, observed, untried, running) for running in ((), (taken,))
+    )
+    # believed to come out as expected: it changes no mean, and its neighbours promise less
+    assert np.array_equal(alone.mean, beside.mean[: len(untried)])
+    lost = 1 - beside.improvement() / alone.improvement()
+    near = one.kernel(np.array([taken]), untried, one._first)[0]
+    assert lost.min() > -1e-9
+    assert lost[near.argmax()] > 0.2 and lost[near.argmin()] < 0.01
 
 
 def test_a_belief_that_misleads_loses_its_say() -> None:
