@@ -12,8 +12,9 @@ from pagedgen.compiler.render import render
 from pagedgen.compiler.space import default_schedule, feasible
 from pagedgen.compiler.triton import alignment_of, compile_triton, signature_of
 from pagedgen.errors import Unsupported
-from pagedgen.templates.triton.decode import block_h, box_bytes, kv_align, loads_of, parts_of
+from pagedgen.templates.triton.decode import TritonDecode, block_h, box_bytes, kv_align, loads_of, parts_of
 from pagedgen.values.schedule import Schedule
+from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -182,6 +183,14 @@ def test_programs_of_a_cluster_are_sent_results_once(make_spec, h100, kv):
     # of rows of 128 bytes four warps copy 16 at once: with 16 tokens each, a warp's lie in the same banks
     assert {s["tile"] for s in found if s["num_warps"] == 4} == ({128} if kv == "fp8_e4m3" else {64, 128})
     assert {s["waves"] for s in found} == {s["merge"] // 32 for s in found} == {1}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "offered"), [("a100", False), ("h100", True), ("h200", True), ("b200", False)]
+)
+def test_clusters_are_offered_where_they_were_run(make_spec, gpu, offered):
+    splits = {f.name: f.values for f in TritonDecode().fields(make_spec(), target(gpu))}["split"]
+    assert ("cluster" in splits) is offered
 
 
 def test_batch_invariant_schedules_split_by_length_alone(make_spec, h100):
