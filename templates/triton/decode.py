@@ -218,7 +218,7 @@ class TritonDecode(Family):
                 "rows",
                 rows,
                 rows[0],
-                "query heads of a tile: rows of its products; 8: columns, which come in eights; 64: for wgmma, "
+                "query heads of a tile: rows of its products; 8: columns, which come in eights; 64: wgmma, "
                 "which reads shared memory",
             ),
             Field("columns", columns, columns[0], "head_dim as power-of-two pieces, or as one padded row"),
@@ -299,7 +299,11 @@ class TritonDecode(Family):
         smem, smem_limit, acc_regs = sympy.symbols("smem_bytes smem_per_block acc_regs")
         return (
             Constraint("smem", smem <= smem_limit, "K and V tiles of all stages fit in shared memory"),
-            Constraint("registers", acc_regs <= 128, "accumulators and a decoded tile fit in registers"),
+            Constraint(
+                "registers",
+                sympy.Symbol("base_regs") + acc_regs <= 232,
+                "what every kernel needs, accumulators and a decoded tile fit in registers",
+            ),
             Constraint(
                 "walk",
                 sympy.Or(sympy.Eq(sympy.Symbol("is_walk"), 0), sympy.Symbol("seq_lanes") <= 128),
