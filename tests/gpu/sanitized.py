@@ -85,6 +85,7 @@ def schedules(spec: KernelSpec, to: Target) -> tuple[Schedule, ...]:
         {"split": "even", "pdl": 1},
         {"split": "walk"},
         {"split": "walk", "pdl": 2, "waves": 2},
+        {"split": "cluster", "pdl": 2, "waves": 1, "num_warps": 2, "num_stages": 3},
         {"num_warps": 4},
         {"num_warps": 8},
         {"prefetch_ids": 0, "tile": 32},
