@@ -86,10 +86,10 @@ def tile_symbols(
         "warp_rate": 0.85,  # instructions a warp and cycle
         "spill_slots": 10.0,  # of a spilled register and tile: reading it back is waited for
         "latency_us": 0.73,
-        # Trips through shared memory, with two barriers each: K and V decoded for wgmma; a row's maximum, sum
+        # Through shared memory, with two barriers each time: K and V decoded for wgmma; a row's maximum, sum
         # and weights where warps share its tokens.
-        "trips": (1 if is_fp8 else 0) if wgmma else (3 if warps > 1 and tile_m <= 16 * warps else 0),
-        "trip_us": 0.22,
+        "decode_us": 0.22 if is_fp8 and wgmma else 0.0,
+        "share_us": 0.3 if not wgmma and warps > 1 and tile_m <= 16 * warps else 0.0,
         "in_step": 0.4,
         "bandwidth_gbs": max(1.0, target.bandwidth_gbs) * 0.88,  # as decode's
     }
@@ -105,7 +105,8 @@ def tile_costs() -> tuple[Cost, ...]:
     compute = (
         s("tile_mma_us") * sympy.Max(4 / warps, s("in_step") + (1 - s("in_step")) * 4 / warps)
         + s("slots") / (s("clock_mhz") * s("warp_rate"))
-        + s("trips") * s("trip_us")
+        + s("decode_us")
+        + s("share_us")
     )
     return (
         Cost("regs", "a thread", sympy.Min(255, needed), "accumulators, scores and their weights, addresses"),

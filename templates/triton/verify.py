@@ -41,6 +41,7 @@ class TritonVerify(Family):
     )
     masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality", "tree_mask")
     v_dims = True
+    spill_bytes = 64  # outside the loops: ptxas keeps 16 to 48 B in memory to let another program onto the SM
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -80,7 +81,7 @@ class TritonVerify(Family):
             Field("num_stages", (2, 3, 4), 3, "depth of the load pipeline"),
             # 3 for two warps: 64 x 8 of 4096 takes 202 us with either, 16 x 4 takes 67 for 86
             Field("waves", (1, 2, 3, 4, 6, 8), 3 if few else 2, "pieces aimed at for each SM"),
-            Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
+            Field("merge", (32, 64, 128), 64, "values a thread reads at once while merging"),
             Field("seq_lanes", (128, 1024), 128, "sequences whose lengths are scanned at a time"),
             Field("fp8_decode", decodes, decodes[0], "how FP8 becomes float16"),
         )
@@ -115,8 +116,8 @@ class TritonVerify(Family):
             Cost(
                 "merge_us",
                 "µs",
-                s("merge_piece_us") * s("merged_pieces"),
-                "the last program of a query tile reads what the others left",
+                s("merge_turn_us") * s("merge_turns") + s("merge_kb_us") * s("merged_kb"),
+                "the last program of a query tile reads what the others left, several parts at a time",
             ),
             Cost(
                 "time_us",
@@ -171,9 +172,17 @@ class TritonVerify(Family):
             "launch_us": 3.0,
             "program_us": 4.5 + 0.8 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
             "program_slots": 12.0,
-            "merge_piece_us": 0.133,
-            "merged_pieces": splits if splits > 1 else 0,
+            "merge_turn_us": 0.43,
+            "merge_turns": cdiv(splits, self._parts_at_once(spec, schedule)) if splits > 1 else 0,
+            "merge_kb_us": 0.019,  # 1 KB of one program
+            "merged_kb": splits * tile_m * spec.v_dim * 4 / 1024 if splits > 1 else 0.0,
         }
+
+    @staticmethod
+    def _parts_at_once(spec: KernelSpec, schedule: Schedule) -> int:
+        """Parts whose values are asked for before the first is waited for."""
+        values = schedule.int("tile_m") * next_power_of_two(spec.v_dim) // (32 * schedule.int("num_warps"))
+        return min(8, max(1, schedule.int("merge") // values))
 
     @staticmethod
     def _min_chunk(tile: int) -> int:
@@ -191,7 +200,6 @@ class TritonVerify(Family):
         tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
         loads, v_loads = (loads_of(spec, schedule.int("num_warps"), tile_m, of_v=v) for v in (False, True))
         merge_dims = next_power_of_two(spec.v_dim)
-        at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // (tile_m * merge_dims)
         return {
             "spec": spec,
             "target": target,
@@ -223,8 +231,7 @@ class TritonVerify(Family):
             "rows": tile_m,
             "merge_rows": tile_m,
             "merge_dims": merge_dims,
-            "parts_across_lanes": merge_dims < 128,  # 32 lanes, 4 values each, take one part's row otherwise
-            "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
+            "merge_parts_at_once": self._parts_at_once(spec, schedule),
         }
 
 
