@@ -216,9 +216,11 @@ class TritonExtend(Family):
             memory += seq_len - spec.visible(seq_len - q_len, seq_len).start
         # Without ids ahead, two tiles have room however many stages there are (compiled, sm_90). mma.sync
         # takes its operands to registers, and a stage less.
-        buffers = max(1, stages if schedule.int("prefetch_ids") else min(2, stages))
+        buffers: float = max(1, stages if schedule.int("prefetch_ids") else min(2, stages))
         if not (reads_smem(target) and warps % 4 == 0 and tile_m >= 64):
             buffers = max(1, stages - 1)
+        if stages == 1 and not spec.kv_dtype.is_fp8:
+            buffers = 0.5  # V's place is K's
         return {
             **tile_symbols(
                 spec,
@@ -230,7 +232,7 @@ class TritonExtend(Family):
                 widths=(width, v_width),
                 decode=str(schedule["fp8_decode"]),
                 addresses=ids,
-                other_regs=56,
+                other_regs=0,
             ),
             "block_size": spec.block_size,
             "is_scalar": int(ids == "scalar"),

@@ -8,6 +8,7 @@ and its instructions (``slots``) take of the units that programs share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from pagedgen.templates.family import Cost
@@ -29,7 +30,7 @@ def tile_symbols(
     tile_m: int,
     tile: int,
     warps: int,
-    buffers: int,
+    buffers: float,
     widths: tuple[int, int],
     decode: str,
     addresses: str,
@@ -49,6 +50,7 @@ def tile_symbols(
     """
     threads, (width, v_width), is_fp8 = 32 * warps, widths, spec.kv_dtype.is_fp8
     wgmma = reads_smem(target) and warps % 4 == 0 and tile_m >= 64
+    shared = not wgmma and warps > 1 and tile_m <= 16 * warps  # a row's tokens, by several warps
     values = tile * (width + v_width) / threads
     return {
         "tile": tile,
@@ -65,10 +67,15 @@ def tile_symbols(
         # With an id for each token, each copy of 16-bit rows has an address of its own; for the shorter rows
         # of FP8, addresses go through shared memory.
         "copy_slots": 19.5 if addresses == "gather" and not is_fp8 else 9.5,
-        "other_regs": other_regs + (30 if addresses == "gather" else 0) + (24 if is_fp8 else 0),
+        # Addresses, by the length of rows: 31 to 50 registers at head_dim 64, 45 to 70 at 128. mma.sync has
+        # operands in them as well.
+        "other_regs": other_regs
+        + (max(24.0, 32 * math.log2(width / 32)) if wgmma else 64)
+        + (30 if addresses == "gather" else 0)
+        + (24 if is_fp8 else 0),
         "smem_bytes": tile_m * width * 2
         + tile * (width + v_width) * spec.kv_dtype.size * buffers
-        + (tile_m * tile * 2 if warps > 1 and not wgmma else 0)  # weights, from warp to warp
+        + (tile_m * tile * 2 if shared else 0)  # weights, from warp to warp
         + 1024,
         "smem_per_block": target.smem_per_block,
         "smem_per_sm": target.smem_per_sm,
@@ -89,7 +96,7 @@ def tile_symbols(
         # Through shared memory, with two barriers each time: K and V decoded for wgmma; a row's maximum, sum
         # and weights where warps share its tokens.
         "decode_us": 0.22 if is_fp8 and wgmma else 0.0,
-        "share_us": 0.3 if not wgmma and warps > 1 and tile_m <= 16 * warps else 0.0,
+        "share_us": 0.3 if shared else 0.0,
         "in_step": 0.4,
         "bandwidth_gbs": max(1.0, target.bandwidth_gbs) * 0.88,  # as decode's
     }

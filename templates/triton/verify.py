@@ -162,7 +162,7 @@ class TritonVerify(Family):
                 widths=(width, v_width),
                 decode=str(schedule["fp8_decode"]),
                 addresses=addressing(spec, tile),
-                other_regs=96 if wgmma else 126,
+                other_regs=32 if wgmma else 62,
             ),
             "tile_regs": (tile_m * (v_width + tile) + tile * max(width, v_width) / 2) / (32 * warps),
             "kv_bytes": float(sum(n for n, count in lens if count) * spec.kv_bytes_per_token),
@@ -170,11 +170,11 @@ class TritonVerify(Family):
             "tiles": max(1, tiles),
             "longest": max(1, longest),
             "launch_us": 3.0,
-            "program_us": 4.5 + 0.8 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
+            "program_us": 6.5 + 0.8 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
             "program_slots": 12.0,
-            "merge_turn_us": 0.43,
+            "merge_turn_us": 0.33,
             "merge_turns": cdiv(splits, self._parts_at_once(spec, schedule)) if splits > 1 else 0,
-            "merge_kb_us": 0.019,  # 1 KB of one program
+            "merge_kb_us": 0.016,  # 1 KB of one program
             "merged_kb": splits * tile_m * spec.v_dim * 4 / 1024 if splits > 1 else 0.0,
         }
 

@@ -40,7 +40,7 @@ def test_sizes_are_nearly_those_of_the_compiled_kernels(path):
         real = record.resources
         assert symbols["smem_bytes"] == pytest.approx(real.smem_bytes, rel=0.1, abs=1100), record.schedule
         off.append(predict(record.spec, H100, record.schedule, record.workload)["regs"] - real.registers)
-    assert abs(statistics.mean(off)) < 20 and max(map(abs, off)) < 80
+    assert abs(statistics.mean(off)) < 20 and max(map(abs, off)) < 100
 
 
 def test_it_ranks_what_was_measured():
@@ -55,8 +55,8 @@ def test_it_ranks_what_was_measured():
         if error.schedules >= 10
     ]
     assert len(errors) >= 6
-    assert statistics.mean(e.correlation for e in errors) > 0.65  # 0.39 before programs shared an SM in it
-    assert statistics.mean(e.regret for e in errors) < 0.05  # 0.27
+    assert statistics.mean(e.correlation for e in errors) > 0.7  # 0.45 before programs shared an SM in it
+    assert statistics.mean(e.regret for e in errors) < 0.05  # 0.26
 
 
 @pytest.fixture
