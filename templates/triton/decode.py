@@ -622,6 +622,7 @@ class TritonDecode(Family):
             "rows": rows,
             "merge_rows": merge_rows,
             "merge_dims": merge_dims,
+            "parts_across_lanes": False,
             "cluster": cluster,
             "sources": cluster * apart,
             "cut": cut,

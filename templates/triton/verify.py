@@ -41,7 +41,6 @@ class TritonVerify(Family):
     )
     masks = ("window", "logits_soft_cap", "sinks", "alibi", "attention_chunk", "causality", "tree_mask")
     v_dims = True
-    spill_bytes = 64  # outside the loops: ptxas keeps 16 to 48 B in memory to let another program onto the SM
 
     def check(self, spec: KernelSpec, target: Target) -> None:
         """Raise ``Unsupported`` for what this template cannot do."""
@@ -81,7 +80,7 @@ class TritonVerify(Family):
             Field("num_stages", (2, 3, 4), 3, "depth of the load pipeline"),
             # 3 for two warps: 64 x 8 of 4096 takes 202 us with either, 16 x 4 takes 67 for 86
             Field("waves", (1, 2, 3, 4, 6, 8), 3 if few else 2, "pieces aimed at for each SM"),
-            Field("merge", (32, 64, 128), 64, "values a thread reads at once while merging"),
+            Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
             Field("seq_lanes", (128, 1024), 128, "sequences whose lengths are scanned at a time"),
             Field("fp8_decode", decodes, decodes[0], "how FP8 becomes float16"),
         )
@@ -117,7 +116,7 @@ class TritonVerify(Family):
                 "merge_us",
                 "µs",
                 s("merge_turn_us") * s("merge_turns") + s("merge_kb_us") * s("merged_kb"),
-                "the last program of a query tile reads what the others left, several parts at a time",
+                "the last program of a query tile reads what the others left",
             ),
             Cost(
                 "time_us",
@@ -173,16 +172,20 @@ class TritonVerify(Family):
             "program_us": 6.5 + 0.8 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
             "program_slots": 12.0,
             "merge_turn_us": 0.33,
-            "merge_turns": cdiv(splits, self._parts_at_once(spec, schedule)) if splits > 1 else 0,
+            # two at a time, they are summed across warps: 50 us more for 32 parts of 32 rows
+            "merge_turns": splits * (1 if self._parts_at_once(spec, schedule) == 1 else 5)
+            if splits > 1
+            else 0,
             "merge_kb_us": 0.016,  # 1 KB of one program
             "merged_kb": splits * tile_m * spec.v_dim * 4 / 1024 if splits > 1 else 0.0,
         }
 
     @staticmethod
     def _parts_at_once(spec: KernelSpec, schedule: Schedule) -> int:
-        """Parts whose values are asked for before the first is waited for."""
-        values = schedule.int("tile_m") * next_power_of_two(spec.v_dim) // (32 * schedule.int("num_warps"))
-        return min(8, max(1, schedule.int("merge") // values))
+        """Parts that are read at a time."""
+        values = schedule.int("tile_m") * next_power_of_two(spec.v_dim)  # of one
+        at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // values
+        return min(32, 1 << max(0, at_once.bit_length() - 1))
 
     @staticmethod
     def _min_chunk(tile: int) -> int:
@@ -231,6 +234,7 @@ class TritonVerify(Family):
             "rows": tile_m,
             "merge_rows": tile_m,
             "merge_dims": merge_dims,
+            "parts_across_lanes": merge_dims < 128,  # 32 lanes, 4 values each, take one part's row otherwise
             "merge_parts_at_once": self._parts_at_once(spec, schedule),
         }
 

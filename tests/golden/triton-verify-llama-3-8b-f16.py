@@ -1,6 +1,6 @@
 """verify-h128-q32-kv8-b16-f16 for sm_90
 
-schedule: fp8_decodenone-merge64-num_stages3-num_warps4-seq_lanes128-tile64-tile_m64-waves2 (triton-verify, pagedgen 0.1.0)
+schedule: fp8_decodenone-merge32-num_stages3-num_warps4-seq_lanes128-tile64-tile_m64-waves2 (triton-verify, pagedgen 0.1.0)
 
 Verify: a few queries a sequence, its last tokens, against its paged keys and values, causal. A
 program takes one piece (a run of tokens) of one sequence and one tile of 64 rows of one KV head; a row is one query
@@ -193,23 +193,23 @@ def paged_verify(
             tl.store(counter, 0)  # ready for the next call
             row = tl.arange(0, 64)
             dim = tl.arange(0, 128)
+            merge_part = tl.arange(0, 1)
             merged_m = tl.full([64], -1e30, tl.float32)
             merged_l = tl.zeros([64], tl.float32)
             merged = tl.zeros([64, 128], tl.float32)
             for base in range(0, num_parts, 1):
-                m_new = merged_m
-                ok0 = (row >= 0) & (base + 0 < num_parts)
-                part_rows = (first_piece + (base + 0)) * 64 + row
-                lse0 = tl.load(lse_slots_ptr + part_rows, mask=ok0, other=float("-inf"), cache_modifier=".cg")
-                part_ptrs = part_slots_ptr + part_rows[:, None] * 128 + dim[None, :]
-                out0 = tl.load(part_ptrs, mask=ok0[:, None], other=0.0, cache_modifier=".cg")
-                m_new = tl.maximum(m_new, lse0)
+                others = base + merge_part
+                part_rows = (first_piece + others)[:, None] * 64 + row[None, :]  # [1, 64]
+                ok = (others < num_parts)[:, None]
+                part_lse = tl.load(lse_slots_ptr + part_rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                part_ptrs = part_slots_ptr + part_rows[:, :, None] * 128 + dim[None, None, :]
+                part_ok = ok[:, :, None]
+                part_out = tl.load(part_ptrs, mask=part_ok, other=0.0, cache_modifier=".cg")
+                m_new = tl.maximum(merged_m, tl.max(part_lse, axis=0))
+                weight = tl.exp2(part_lse - m_new[None, :])
                 shrink = tl.exp2(merged_m - m_new)
-                merged_l *= shrink
-                merged *= shrink[:, None]
-                weight = tl.exp2(lse0 - m_new)
-                merged_l += weight
-                merged += out0 * weight[:, None]
+                merged_l = merged_l * shrink + tl.sum(weight, axis=0)
+                merged = merged * shrink[:, None] + tl.sum(part_out * weight[:, :, None], axis=0)
                 merged_m = m_new
             merged = merged / merged_l[:, None]
             my_rows = q_tile * 64 + row
