@@ -8,7 +8,6 @@ import random
 
 import pytest
 
-from pagedgen.autotune.grid import Axis, Grid
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.search import Found, Stop, search
 from pagedgen.errors import InvalidValue
@@ -161,23 +160,6 @@ def test_when_nothing_works_nothing_is_best() -> None:
     assert found.best is None and found.stop is Stop.EXHAUSTED
 
 
-def test_powers_of_two_are_exponents() -> None:
-    axis = Axis.of("tile", (64, 16, 256))
-    assert axis.codes == {16: 4, 64: 6, 256: 8}
-    assert Axis.of("num_stages", (1, 2, 3)).codes == {1: 1, 2: 2, 3: 3}
-    assert Axis.of("heads", (1, 5, 7)).codes == {1: 1, 5: 5, 7: 7}
-    assert axis.distance(4, 8) == 1.0 and axis.distance(4, 6) == 0.5
-    policy = Axis.of("policy", ("even", "list", "tree"))
-    assert policy.distance("even", "tree") == policy.distance("even", "list") == 1.0
-
-
-def test_every_schedule_survives_the_grid() -> None:
-    times = table()
-    grid = Grid(tuple(times))
-    assert set(grid.schedules.values()) == set(times)
-    assert all(grid.schedules[grid.key(grid.params(s))] == s for s in times)
-
-
 def test_misuse_is_named() -> None:
     space = (Schedule.of("t", tile=16), Schedule.of("t", tile=32))
     replay = Replay(dict.fromkeys(space, 1.0))
@@ -189,8 +171,6 @@ def test_misuse_is_named() -> None:
         search(space, replay, trials=1, batch=1, start=(Schedule.of("t", tile=64),))
     with pytest.raises(InvalidValue, match="one outcome for each"):
         search(space, lambda batch: [], trials=2, batch=2)
-    with pytest.raises(InvalidValue, match="one template"):
-        Grid((Schedule.of("t", tile=16), Schedule.of("u", tile=16)))
     with pytest.raises(InvalidValue, match="says why"):
         Outcome(space[0], None)
     with pytest.raises(InvalidValue, match="positive time"):
