@@ -1,20 +1,20 @@
 """What tuning costs and what it finds: ``quick``, and ``max`` to its end by workers that share a study.
 
-    python docs/benchmarks/tuning_cost.py OUT [--specs fp8 f16] [--gpus 0 1] [--limit SECONDS] [--sqlite]
+    python docs/benchmarks/tuning_cost.py OUT [--specs fp8 f16] [--gpus 0 1] [--limit SECONDS]
 
 Nothing is on record when either begins, of any spec. Each process has 16 cores of its own. Specs are tuned by
-``quick``, one on each GPU; then each spec by ``max``, by a worker on every GPU, whose study is an Optuna
-journal (SQLite with ``--sqlite``); one of them is killed with SIGKILL in the middle of the first spec, and
-another one started.
-Then what ``quick``, ``max`` and the shipped records picked for each batch is timed in interleaved rounds on
-the first GPU, all together, while a worker that comes late joins the finished study on the second.
-``--resume JOURNAL`` goes on with a study that was cut off elsewhere. ``report.json`` is written anew after
-every step.
+``quick``, one on each GPU, with each of ``--seeds``; then each spec by ``max``, by a worker on every GPU,
+whose study is an Optuna journal (SQLite with ``--sqlite``); one of them is killed with SIGKILL in the middle
+of the first spec, another one started, and one comes late to the finished study. Then what each ``quick``,
+``max`` and the shipped records picked for each batch is timed in interleaved rounds, all together.
+``--resume JOURNAL`` goes on with a study that was cut off elsewhere; with ``--quick-only`` what OUT holds of
+an earlier ``max`` is what ``quick`` is held against. ``report.json`` is written anew after every step.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -59,7 +59,9 @@ def surroundings(name: str) -> tuple[Any, Any, Any]:
 # ---- one tuning process ----
 
 
-def work(out: Path, label: str, name: str, effort: str, budget: float, storage: str, trials: int) -> None:
+def work(
+    out: Path, label: str, name: str, effort: str, seed: int, budget: float, storage: str, trials: int
+) -> None:
     """Tune, with every step's moment in ``LABEL.steps`` and the outcome in ``LABEL.json``."""
     from dataclasses import replace
 
@@ -97,6 +99,7 @@ def work(out: Path, label: str, name: str, effort: str, budget: float, storage: 
         workloads,
         effort=effort,
         budget_s=budget or None,
+        seed=seed,
         database=Database(user_cache() / "records", out / "nothing"),
         progress=progress,
         storage=storage or None,
@@ -115,7 +118,7 @@ def work(out: Path, label: str, name: str, effort: str, budget: float, storage: 
         "timed": result.counts.timed,
         "tried": len(result.outcomes),
         "rejected": dict(Counter(r.stage for r in result.counts.rejected)),
-        "device": f"{result.records[0].stamp.device}, driver {result.records[0].stamp.driver}",
+        "device": f"{result.records[0].stamp.device}, {result.records[0].stamp.driver}",
         "compiler": result.records[0].stamp.compiler,
         "read_gbs": result.roofline_gbs,
         "us": {n: r.time_us for n, r in picked.items()},
@@ -145,10 +148,10 @@ def compare(out: Path, name: str) -> None:
 
     spec, where, workloads = surroundings(name)
     chosen: dict[str, Any] = {}
-    for effort in (QUICK, MAX):
-        for path in sorted(out.glob(f"{effort}-{name}*.json"))[:1]:
-            found = json.loads(path.read_text(encoding="utf-8"))["selection"]
-            chosen[effort] = codec.decode(Selection, found)
+    found = {path.stem: path for path in sorted(out.glob(f"quick-{name}-*.json"))}
+    found |= {MAX: next(iter(sorted(out.glob(f"max-{name}-*.json"))))}
+    for label, path in found.items():
+        chosen[label] = codec.decode(Selection, json.loads(path.read_text(encoding="utf-8"))["selection"])
     shipped = FOLDER / where.name / f"{spec.name}.json"
     entry = read(shipped) if shipped.exists() else None
     selection = entry.selection if entry is not None else None
@@ -159,8 +162,9 @@ def compare(out: Path, name: str) -> None:
     races: list[dict[str, Any]] = []
     with Workshop(where) as shop:
         sources = [render(spec, where, s) for s in schedules]
-        binaries = [compiled.binary for compiled in compile_all(sources, shop.pool, shop.cache)]
+        binaries = [c.binary for c in compile_all(sources, shop.pool, shop.cache) if c.binary is not None]
         library = shop.folder / "picks.so"
+        assert len(binaries) == len(schedules), "what was timed compiles"
         link(binaries, (), library)
         verdicts = [verdict_on(shop.worker, library, spec, i, device, 7) for i in range(len(schedules))]
         verified = [Verified(i, s, v) for i, (s, v) in enumerate(zip(schedules, verdicts, strict=True))]
@@ -168,10 +172,10 @@ def compare(out: Path, name: str) -> None:
             rate = shop.worker.call(bandwidth, spec, device, timeout_s=300)
             rows = {}
             for workload in workloads:
-                found = shop.worker.call(
+                sampled = shop.worker.call(
                     measure, library, spec, workload, tuple(verified), ROUNDS, device, seed, timeout_s=300
                 )
-                times = {schedules[i]: samples for i, samples in found.times.items()}
+                times = {schedules[i]: samples for i, samples in sampled.times.items()}
                 rows[workload.name] = {
                     effort: statistics.median(times[selection.pick_for(workload)])
                     for effort, selection in chosen.items()
@@ -277,16 +281,16 @@ class Run:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return found
 
-    def quick(self, specs: list[str]) -> None:
+    def quick(self, specs: list[str], seed: int) -> None:
         """A spec a GPU, at once."""
-        arguments = ("quick", "0", "", str(self.options.trials))
-        started = {
-            name: self.start(i, f"quick-{name}", f"quick-{name}", name, *arguments)
-            for i, name in enumerate(specs)
-        }
-        for name, process in started.items():
+        started = {}
+        for i, name in enumerate(specs):
+            label = f"quick-{name}-{seed}"
+            arguments = (label, name, "quick", str(seed), "0", "", str(self.options.trials))
+            started[label] = self.start(i, label, *arguments)
+        for label, process in started.items():
             codes = self.wait([process])
-            self.say(spec=name, effort=QUICK, exit=codes, **self.brief(f"quick-{name}.json"))
+            self.say(what=label, effort=QUICK, exit=codes, **self.brief(f"{label}.json"))
 
     def brief(self, name: str) -> dict[str, Any]:
         """A worker's outcome without its table."""
@@ -315,10 +319,11 @@ class Run:
 
         def worker(place: int, turn: str = "") -> tuple[str, subprocess.Popen[bytes]]:
             label = f"max-{name}-{place}{turn}"
-            return label, self.start(place, f"max-{name}", label, name, "max", budget, storage, trials)
+            effort = self.options.effort
+            return label, self.start(place, f"max-{name}", label, name, effort, "0", budget, storage, trials)
 
         workers = dict(worker(place) for place in range(len(self.options.gpus)))
-        total = self.options.trials * 4 or 480
+        total = self.options.trials * 4 or {"standard": 240, "max": 480}[self.options.effort]
         kept = bool(self.options.resume)
         killed = kept or name != self.options.specs[0]
         while any(p.poll() is None for p in workers.values()) and self.left() > 1:
@@ -341,7 +346,7 @@ class Run:
         choices = [self.read(f"{label}.json").get("selection") for label, code in codes.items() if code == 0]
         self.say(
             spec=name,
-            effort=MAX,
+            effort=self.options.effort,
             s=round(time.time() - begin, 1),
             exit=codes,
             agree=len(choices) > 1 and all(choice == choices[0] for choice in choices),
@@ -349,37 +354,39 @@ class Run:
             audit=audit(storage),
         )
 
-    def race(self, name: str) -> None:
-        """The picks beside each other, and one who comes late to the finished study."""
+    def race(self, specs: list[str]) -> None:
+        """The picks beside each other, a spec a GPU."""
+        for name, process in {n: self.start(i, f"race-{n}", n) for i, n in enumerate(specs)}.items():
+            codes = self.wait([process])
+            means = [r["over_max"] for r in self.read(f"race-{name}.json").get("races", [])]
+            self.say(race=name, exit=codes, over_max=means)
+
+    def late(self, name: str) -> None:
+        """One who comes to the finished study."""
         storage, _ = self.storage(name)
-        processes = [self.start(0, f"race-{name}", name)]
-        late = len(self.options.gpus) > 1
-        if late:
-            arguments = (f"late-{name}", name, "max", "60", storage, str(self.options.trials * 4))
-            processes.append(self.start(1, f"late-{name}", *arguments))
-        codes = self.wait(processes)
-        same = None
-        if late:
-            first = self.read(f"max-{name}-0.json").get("selection")
-            same = bool(first) and self.read(f"late-{name}.json").get("selection") == first
-        race = self.read(f"race-{name}.json")
-        means = [r["over_max"] for r in race.get("races", [])]
-        self.say(
-            spec=name, exit=codes, over_max=means, late=self.brief(f"late-{name}.json"), late_agrees=same
-        )
+        trials = str(self.options.trials * 4)
+        arguments = (f"late-{name}", name, self.options.effort, "0", "60", storage, trials)
+        codes = self.wait([self.start(len(self.options.gpus) - 1, f"late-{name}", *arguments)])
+        first = self.read(f"max-{name}-0.json").get("selection")
+        same = bool(first) and self.read(f"late-{name}.json").get("selection") == first
+        self.say(late=name, exit=codes, agrees=same, **self.brief(f"late-{name}.json"))
 
     def all(self) -> None:
         """Every step, in order."""
-        specs = self.options.specs
-        if not self.options.resume:
-            for i in range(0, len(specs), len(self.options.gpus)):
-                self.quick(specs[i : i + len(self.options.gpus)])
-        for name in specs:
+        options = self.options
+        width = len(options.gpus)
+        groups = [options.specs[i : i + width] for i in range(0, len(options.specs), width)]
+        if not options.resume and not options.max_only:
+            for seed, group in itertools.product(options.seeds, groups):
+                self.quick(group, seed)
+        for name in [] if options.quick_only else options.specs:
             if self.left() < 60:
-                self.say(spec=name, effort=MAX, skipped=f"{self.left():.0f} s are left")
+                self.say(spec=name, effort=options.effort, skipped=f"{self.left():.0f} s are left")
                 continue
             self.max(name)
-            self.race(name)
+            self.late(name)
+        for group in groups if list(self.out.glob("quick-*.json")) else []:
+            self.race(group)
 
 
 def main() -> None:
@@ -389,14 +396,18 @@ def main() -> None:
         if len(rest) == 1:
             compare(out, rest[0])
         else:
-            label, name, effort, budget, storage, trials = rest
-            work(out, label, name, effort, float(budget), storage, int(trials))
+            label, name, effort, seed, budget, storage, trials = rest
+            work(out, label, name, effort, int(seed), float(budget), storage, int(trials))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--specs", nargs="+", default=["fp8", "f16"], choices=["fp8", "f16", "cpu"])
     parser.add_argument("--gpus", nargs="+", default=["0", "1"])
     parser.add_argument("--limit", type=float, default=3600.0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--effort", default=MAX, choices=["standard", MAX], help="in max's place")
+    parser.add_argument("--quick-only", action="store_true")
+    parser.add_argument("--max-only", action="store_true")
     parser.add_argument("--sqlite", action="store_true")
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--trials", type=int, default=0, help="of quick, and four times as many of max")
