@@ -3,7 +3,7 @@
 Reference in float64 on the same quantised K and V, one for all operators: decode is extend with one query
 a sequence. Fresh random inputs; shuffled blocks; unused slots, unused blocks, what no window reaches, and
 outputs poisoned with NaN; padding rows that must stay unwritten; every case called twice on one workspace,
-so that what a call leaves behind is tried too.
+so that what a call leaves behind is tried too; on a GPU, calls in a row that overlap (``verify_row``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from pagedgen.compiler.verify_row import Row, captured, disturbed
 from pagedgen.errors import ArgumentError
 from pagedgen.runtime.attention import TORCH_DTYPES
 from pagedgen.values.record import Verdict
@@ -483,12 +484,16 @@ def gate(
     *,
     cases: Sequence[Case] | None = None,
     wrap: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    row: Row | None = captured,
 ) -> Verdict:
     """Try one variant on every case (:func:`cases_of` unless given), twice each on one workspace.
 
+    Then the cases in a row, each behind each (:mod:`pagedgen.compiler.verify_row`).
     Kernels that move K and V have cases of their own (:mod:`pagedgen.compiler.verify_moves`).
 
-    ``wrap`` may turn a call into another way of making it (CUDA-graph capture and replay).
+    ``wrap`` may turn a call into another way of making it (CUDA-graph capture and replay), ``row`` calls
+    into one that makes them all: a CUDA graph of them, and none on a CPU, where a call has ended when it
+    returns. None: no calls in a row.
     """
     device = torch.device(device)
     if spec.op in (*MOVES, Op.MERGE):
@@ -504,6 +509,7 @@ def gate(
     size = callee.workspace_bytes(most)
     workspace = torch.zeros(size, dtype=torch.uint8, device=device)
     worst = (0.0, 0.0)
+    single: list[Inputs] = []  # each case's first, with the outputs of its call
     for number, case in enumerate(cases):
         for again in range(2):
             inputs, expected = _tried(spec, case, device, seed + 2 * number + again)
@@ -530,6 +536,18 @@ def gate(
                 return Verdict(False, number + 1, error, allowed, seed, where)
             if not worst[1] or error / max(allowed, 1e-30) > worst[0] / worst[1]:
                 worst = (error, allowed)
+            if not again:
+                single.append(inputs)
+    if row is not None and (device.type == "cuda" or row is not captured):
+        try:
+            reason = disturbed(spec, callee, variant, single, workspace, row)
+        except ArgumentError:
+            raise
+        except Exception as problem:
+            reason = f"calls in a row failed: {problem}"
+        if reason:
+            _tried.cache_clear()
+            return Verdict(False, len(cases), float("inf"), 0.0, seed, reason)
     if spec.batch_invariant:
         from pagedgen.compiler.verify_invariant import changed_bits
 
