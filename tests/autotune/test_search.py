@@ -5,9 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pagedgen.autotune import search as module
+from pagedgen.autotune.grid import Grid
+from pagedgen.autotune.ledger import Ledger, Place
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.search import Found, Stop, search
 from pagedgen.errors import InvalidValue
@@ -115,9 +120,9 @@ def test_the_start_comes_first_and_once() -> None:
     times = table()
     start = sorted(times)[100:105]
     replay = Replay(times)
-    search(tuple(times), replay, trials=12, batch=4, start=(*start, start[0]))
+    search(tuple(times), replay, trials=13, batch=4, start=(*start, start[0]))
     assert replay.asked[:5] == start
-    assert replay.batches == [4, 4, 4]
+    assert replay.batches == [4, 4, 4, 1]
 
 
 def test_it_stops_at_the_roofline() -> None:
@@ -138,6 +143,33 @@ def test_it_stops_at_the_deadline_between_batches() -> None:
     found = search(tuple(times), replay, trials=500, batch=8, deadline=5, clock=lambda: float(next(now)))
     assert found.stop is Stop.BUDGET
     assert replay.batches == [8] * 6  # the first batch asks for no time
+
+
+def test_out_of_time_it_waits_for_what_others_are_timing(tmp_path: Path, monkeypatch) -> None:
+    space = tuple(Schedule.of("t", tile=t, mode=m) for t in (16, 32, 64) for m in "ab")
+    place = Place(str(tmp_path / "study.log"), "s")
+    with Ledger(Grid(space), place) as ours, Ledger(Grid(space), place) as theirs:
+        theirs.claim(space[:2])
+        slept = []
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            theirs.tell(Outcome(space[len(slept) - 1], 2.0))
+
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
+        known = [Outcome(space[5], 9.0)]
+        found = search(
+            space,
+            lambda batch: [],
+            trials=9,
+            batch=2,
+            known=known,
+            deadline=1.0,
+            clock=lambda: 1.0,
+            ledger=ours,
+        )
+    assert found.stop is Stop.BUDGET and slept == [module.POLL_S] * 2
+    assert {o.schedule for o in found.outcomes} == {*space[:2], space[5]}
 
 
 def test_a_small_space_is_tried_whole() -> None:
@@ -167,6 +199,10 @@ def test_misuse_is_named() -> None:
         search((), replay, trials=1, batch=1)
     with pytest.raises(InvalidValue, match="trials"):
         search(space, replay, trials=0, batch=1)
+    with pytest.raises(InvalidValue, match="trials"):
+        search(space, replay, trials=1, batch=0)
+    with pytest.raises(InvalidValue, match="schedule of the space"):
+        search(space, replay, trials=1, batch=1, ledger=Ledger(Grid(space[:1])))
     with pytest.raises(InvalidValue, match="schedule of the space"):
         search(space, replay, trials=1, batch=1, start=(Schedule.of("t", tile=64),))
     with pytest.raises(InvalidValue, match="one outcome for each"):
