@@ -35,7 +35,7 @@ FITTED = 1500  # timings that constants are fitted to, evenly drawn
 # What picks for a device that was not measured cost against its own best, in the median over specs from an
 # H100 to an H200 (docs/benchmarks/prediction.md): with the model calibrated on a device of the same
 # architecture, and as it is, which stands for what is to be expected of other architectures.
-REGRET_ALIKE, REGRET_OTHER = 0.01, 0.097
+REGRET_ALIKE, REGRET_OTHER = 0.016, 0.097
 
 Point = tuple[KernelSpec, Schedule, Workload]
 
@@ -220,7 +220,8 @@ class Transfer:
     """What a pick made for a target without measuring there cost, against the target's own best.
 
     ``regret`` is that of the calibrated model's pick, ``uncalibrated`` that of the model as it is, ``moved``
-    that of the other target's own fastest schedule: 0.02 is 2%. ``candidates`` were measured on the target.
+    that of the other target's own fastest schedule on the same batches: 0.02 is 2%. ``candidates`` were
+    measured on the target.
     """
 
     spec: KernelSpec
@@ -276,7 +277,8 @@ def _transfer(
     def favourite(model: Calibration) -> Schedule:
         return min(there, key=lambda s: (_mean([model.time_us(goal, spec, s, w) for w in workloads]), s))
 
-    _, here = _matrix(known)
+    there_too = {workload.lens for workload in workloads}  # what is fastest follows from the batches
+    _, here = _matrix([r for r in known if r.workload.lens in there_too])
     both = {s: _mean(row.values()) for s, row in here.items() if s in there}
     chosen = favourite(calibration)
     return Transfer(

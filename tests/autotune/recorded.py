@@ -2,7 +2,8 @@
 
 They are ``docs/benchmarks/decode-gpu-schedules-h100.json``, of kernels whose fields have changed since: their
 schedules are a template's of their own, and what the cost model of that day predicted for them is kept beside
-this file. `modelled` makes records of the present template.
+this file. ``decode-gpu-max-h100.json`` beside it holds every trial of two runs of ``max``, those that did not
+compile among them. `modelled` makes records of the present template.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pagedgen.autotune.outcome import Outcome
 from pagedgen.compiler.cost import predict
 from pagedgen.compiler.kernel_hash import kernel_hash
 from pagedgen.compiler.space import feasible
+from pagedgen.values import codec
 from pagedgen.values.record import Record, Resources, Stamp, Status, Timing, Verdict
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import DType, KernelSpec, KVScale, Op
@@ -28,6 +30,7 @@ from pagedgen.values.workload import Workload
 
 TIMES = Path(__file__).parents[2] / "docs" / "benchmarks" / "decode-gpu-schedules-h100.json"
 REPEATED = TIMES.with_name("decode-gpu-repeat-h100.json")
+TRIED = TIMES.with_name("decode-gpu-max-h100.json")
 PREDICTED = Path(__file__).parent / "predicted_h100.json"
 FIELDS = ("fp8_decode", "ids", "num_stages", "num_warps", "prefetch_ids", "seq_lanes", "tile", "waves")
 H100 = target("h100")
@@ -43,12 +46,18 @@ SPECS = tuple(
 
 @dataclass(frozen=True)
 class Recording:
-    """Microseconds of every schedule of a spec, over one workload or the geometric mean of several."""
+    """Microseconds of every schedule of a spec, over one workload or the geometric mean of several.
+
+    ``predicted`` are the cost model's, of every schedule; ``chosen`` is what a record's dispatch table would
+    hold: the fastest in the mean and the fastest on each workload.
+    """
 
     spec: KernelSpec
     workloads: tuple[Workload, ...]
     times: Mapping[Schedule, float]
     predicted: Mapping[Schedule, float]
+    chosen: tuple[Schedule, ...]
+    rejected: Mapping[Schedule, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,7 +65,7 @@ class Recording:
 
     def regret(self, schedule: Schedule) -> float:
         """How much slower than the fastest of all a schedule is: 0.01 is 1%."""
-        return self.times[schedule] / min(self.times.values()) - 1
+        return self.times.get(schedule, math.inf) / min(self.times.values()) - 1
 
 
 class Replay:
@@ -71,9 +80,15 @@ class Replay:
 
     def __call__(self, batch: tuple[Schedule, ...]) -> list[Outcome]:
         self.asked += batch
-        return [
-            Outcome(s, self.recording.times[s] * math.exp(self.noise * self._draw.gauss(0, 1))) for s in batch
-        ]
+        return [self._outcome(schedule) for schedule in batch]
+
+    def _outcome(self, schedule: Schedule) -> Outcome:
+        reason = self.recording.rejected.get(schedule, "")
+        if reason:
+            return Outcome(schedule, None, reason)
+        return Outcome(
+            schedule, self.recording.times[schedule] * math.exp(self.noise * self._draw.gauss(0, 1))
+        )
 
 
 @cache
@@ -90,15 +105,22 @@ def recordings() -> tuple[Recording, ...]:
             (_schedule(name), us, predicted)
             for (name, us), predicted in zip(case["us"].items(), model["predicted_us"], strict=True)
         )
+        times = {schedule: us for schedule, us, _ in rows}
         found.append(
             Recording(
                 specs[case["spec"]],
                 (_uniform(case["workload"]),),
-                {schedule: us for schedule, us, _ in rows},
+                times,
                 {schedule: predicted for schedule, _, predicted in rows},
+                _fastest(times),
             )
         )
     return tuple(found)
+
+
+def _fastest(times: Mapping[Schedule, float]) -> tuple[Schedule, ...]:
+    """Of one batch: the fastest and as many behind it as a search takes for guesses."""
+    return tuple(sorted(times, key=lambda s: times[s])[: warm.GUESSES])
 
 
 @cache
@@ -108,31 +130,62 @@ def combined() -> tuple[Recording, ...]:
     for spec in SPECS:
         cases = [r for r in recordings() if r.spec == spec]
         shared = [s for s in cases[0].times if all(s in r.times for r in cases)]
+        predicted = {s: _mean([r.predicted[s] for r in cases]) for s in shared}
         found.append(
-            Recording(
-                spec,
-                tuple(w for r in cases for w in r.workloads),
-                {s: _mean([r.times[s] for r in cases]) for s in shared},
-                {s: _mean([r.predicted[s] for r in cases]) for s in shared},
-            )
+            _over(spec, tuple(w for r in cases for w in r.workloads), [r.times for r in cases], predicted)
         )
     return tuple(found)
 
 
+@cache
+def tried() -> tuple[Recording, ...]:
+    """Two runs of ``max``, all 480 trials of each: fp16 and fp8 KV on seven batches, by the template of
+    2026-11-27. They are a part of the space, some 10,500 schedules; the best of them is what to find."""
+    found = []
+    for case in json.loads(TRIED.read_text(encoding="utf-8"))["cases"]:
+        times: dict[Schedule, list[float]] = {}
+        predicted, rejected = dict[Schedule, float](), dict[Schedule, str]()
+        for *choices, answer, _registers, _smem, model in sorted(case["trials"], key=str):
+            schedule = Schedule.of("tried", **dict(zip(case["fields"], choices, strict=True)))
+            predicted[schedule] = model
+            if isinstance(answer, str):
+                rejected[schedule] = answer
+            else:
+                times[schedule] = answer
+        workloads = tuple(codec.decode(Workload, w) for w in case["workloads"])
+        rows = [{s: row[i] for s, row in times.items()} for i in range(len(workloads))]
+        spec = codec.decode(KernelSpec, case["spec"])
+        found.append(replace(_over(spec, workloads, rows, predicted), rejected=rejected))
+    return tuple(found)
+
+
+def _over(
+    spec: KernelSpec,
+    workloads: tuple[Workload, ...],
+    rows: Sequence[Mapping[Schedule, float]],
+    predicted: Mapping[Schedule, float],
+) -> Recording:
+    """The geometric mean over workloads, of schedules with a time in each of ``rows``."""
+    shared = [s for s in rows[0] if all(s in row for row in rows)]
+    times = {s: _mean([row[s] for row in rows]) for s in shared}
+    chosen = [min(shared, key=lambda s, row=row: row[s]) for row in (times, *rows)]
+    return Recording(spec, workloads, times, predicted, tuple(dict.fromkeys(chosen)))
+
+
 def nearest(recording: Recording) -> list[Recording]:
     """The same batches for other specs, the nearest first."""
-    others = [r for r in (*recordings(), *combined()) if r.workloads == recording.workloads]
+    others = [r for r in (*recordings(), *combined(), *tried()) if r.workloads == recording.workloads]
     others = [r for r in others if r.spec != recording.spec]
     return sorted(others, key=lambda r: warm._distance(r.spec, recording.spec))
 
 
 def neighbours(recording: Recording, count: int = warm.GUESSES) -> list[Schedule]:
-    """What was fastest on the same batches for the nearest other specs: as `warm.guesses` would guess."""
-    space = tuple(recording.times)
+    """What was chosen on the same batches for the nearest other specs: as `warm.guesses` would guess."""
+    space = tuple(recording.predicted)
     found = [
         warm._legal(schedule, dict(schedule.choices), set(space), space)
         for other in nearest(recording)
-        for schedule in sorted(other.times, key=lambda s: other.times[s])[:count]
+        for schedule in other.chosen
     ]
     return list(dict.fromkeys(found))[:count]
 
@@ -153,7 +206,8 @@ def repeated() -> tuple[Recording, ...]:
             if r.spec.name == case["spec"] and r.workloads == (_uniform(case["workload"]),)
         )
         times = {_schedule(name): us for name, us in case["us"].items()}
-        found.append(replace(first, times={s: times[s] for s in first.times}))
+        again = {s: times[s] for s in first.times}
+        found.append(replace(first, times=again, chosen=_fastest(again)))
     return tuple(found)
 
 
@@ -168,9 +222,9 @@ def _uniform(name: str) -> Workload:
 
 def _schedule(name: str) -> Schedule:
     choices: dict[str, Choice] = {}
-    for part, field in zip(name.split("-"), FIELDS, strict=True):
-        value = part.removeprefix(field)
-        choices[field] = int(value) if value.isdigit() else value
+    for part, name_of in zip(name.split("-"), FIELDS, strict=True):
+        value = part.removeprefix(name_of)
+        choices[name_of] = int(value) if value.isdigit() else value
     return Schedule.of("recorded", **choices)
 
 

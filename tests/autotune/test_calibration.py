@@ -121,6 +121,25 @@ def test_a_pick_for_another_device_is_held_against_its_own_best() -> None:
     assert [t.pick for t in transfers(KNOWN, H100, slower, H200)] == [t.pick for t in found]
 
 
+def test_what_was_fastest_here_is_that_on_the_batches_measured_there() -> None:
+    """Other batches of here, on which another schedule wins by far, do not count."""
+    truth = other_device(KNOWN)
+    before = transfers(KNOWN, H100, truth, H200)
+    order = list(dict.fromkeys(r.schedule for r in KNOWN))
+    more = [
+        timed(
+            replace(r, workload=Workload.uniform(1 + i, 512)),
+            r.time_us * 10 ** order.index(r.schedule),
+            H100.name,
+        )
+        for i in range(4)
+        for r in KNOWN
+        if r.workload == BATCHES[0]
+    ]
+    after = transfers([*KNOWN, *more], H100, truth, H200)
+    assert [t.moved for t in after] == [t.moved for t in before]
+
+
 def test_a_spec_that_was_measured_there_alone_has_only_the_constants() -> None:
     (first, second) = dict.fromkeys(r.spec for r in KNOWN)
     found = transfers([r for r in KNOWN if r.spec == first], H100, other_device(KNOWN), H200)
