@@ -18,7 +18,7 @@ from pagedgen.autotune import calibration, gating
 from pagedgen.autotune import tune as module
 from pagedgen.autotune.binaries import BinaryCache
 from pagedgen.autotune.database import Database, Fit
-from pagedgen.autotune.events import Event, Started, Tried, Warned
+from pagedgen.autotune.events import Event, Started, Step, Tried, Warned
 from pagedgen.autotune.search import Stop, search
 from pagedgen.autotune.select import ANY
 from pagedgen.autotune.tune import Effort, Plan, Workshop, regimes, spread, tune
@@ -30,6 +30,8 @@ from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
+
+PHASES = ("compile", "gate", "time", "retime")
 
 
 @pytest.fixture
@@ -73,6 +75,34 @@ def test_it_finds_each_workloads_best_and_records_it(fakes, database, cpu) -> No
     assert isinstance(started, Started) and started.space == started.trials == len(FINE)
     assert tried[-1].done == len(FINE) and sum(len(e.outcomes) for e in tried) == len(FINE)
     assert all(a.best_us >= b.best_us for a, b in itertools.pairwise(tried))
+    steps = {phase: [e for e in events if isinstance(e, Step) and e.phase == phase] for phase in PHASES}
+    assert all(0 < e.done <= e.total for made in steps.values() for e in made)
+    assert {e.total for e in steps["time"]} == {4} and steps["time"][3].done == 4  # two rungs, two batches
+    assert [(e.done, e.total) for e in steps["retime"]] == [(1, 2), (2, 2)]
+    with pytest.raises(InvalidValue, match="a workload of this run"):
+        result.chosen(Workload.uniform(3, 3))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_batches_and_workers_are_put_on_one_clock(
+    fakes, database, cpu, tmp_path, monkeypatch, shared: bool
+) -> None:
+    monkeypatch.setitem(module.PLANS, Effort.MAX, Plan(160, 8, 60.0, (2, 2), 3, 1))
+    fakes.insert(0, fakes.pop(fakes.index(schedule(16, 4))))  # the default
+    options = {"database": database, "effort": "max"}
+    options |= {"storage": str(tmp_path / "study.log")} if shared else {}
+    workloads = [SHORT, LONG, Workload.uniform(1, 8192)]
+    tune(SPEC, cpu, workloads, budget_s=1e-6, **options)  # one batch, with the best for SHORT
+    monkeypatch.setattr(module, "measure", functions.drifting_measure)
+    if shared:  # another worker goes on from the study alone
+        options["database"] = Database(tmp_path / "other", tmp_path / "shipped", fake_kernel)
+    result = tune(SPEC, cpu, workloads, **options)
+    assert {o.schedule for o in result.outcomes} == set(FINE)
+    for outcome in result.outcomes:
+        times = [functions.fake_time(outcome.schedule, w) for w in workloads]
+        assert outcome.time_us == pytest.approx(module.geometric_mean(times))
+    assert result.selection.pick_for(SHORT) == schedule(16, 4)  # a finalist, whoever timed it
+    assert result.selection.pick_for(LONG) == schedule(64, 4)
 
 
 def test_batches_of_extend_are_known_by_their_queries(fakes, database, cpu, monkeypatch) -> None:
@@ -105,6 +135,11 @@ def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, databas
     again = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
     assert again.counts.known >= 8  # nothing new to try: the finalists alone are timed again
     assert again.counts.compiled <= 6
+    gone = again.records[0].schedule
+    fakes.remove(gone)  # not legal any more: what is on record of it is neither known nor chosen
+    less = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
+    assert less.counts.known >= 7 and gone not in {r.schedule for r in less.records}
+    fakes.append(gone)
     events: list[Event] = []
     further = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=database, progress=events.append)
     new = [o.schedule for e in events if isinstance(e, Tried) for o in e.outcomes]
@@ -222,6 +257,9 @@ def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
     assert [r.reason for r in result.counts.rejected] == ["spills 64 B a thread"]
     assert result.selection.status is Status.PREDICTED
     assert result.selection.expected_regret == calibration.REGRET_OTHER
+    fakes[:] = [schedule(64, 4, "spills"), *FINE]  # its first candidate spills, and there is no time
+    cut = tune(SPEC, h100, [SHORT, LONG], effort="max", budget_s=1e-6, database=database)
+    assert cut.stop is Stop.BUDGET and 0 < len({r.schedule for r in cut.records}) < 6
 
 
 def test_a_device_that_is_lost_ends_the_run_and_nobody_is_charged(fakes, database, cpu, monkeypatch) -> None:
@@ -238,13 +276,14 @@ def test_a_device_that_is_lost_ends_the_run_and_nobody_is_charged(fakes, databas
     assert result.selection.pick(2, 4096) == schedule(64, 4)
 
 
-def test_runs_of_one_study_share_it_and_read_one_result(fakes, database, cpu, tmp_path) -> None:
+def test_runs_of_one_study_share_it_and_read_one_result(fakes, database, cpu, tmp_path, monkeypatch) -> None:
     storage = str(tmp_path / "study.log")
     events: list[Event] = []
     options = {"effort": "standard", "database": database, "storage": storage}
+    monkeypatch.setitem(module.PLANS, Effort.STANDARD, Plan(40, 5, 60.0, (2, 2), 3, 6))
     first = tune(SPEC, cpu, [SHORT, LONG], **options, progress=events.append)
     batches = [len(e.outcomes) for e in events if isinstance(e, Tried)]
-    assert batches == [1] * 20, "a worker that is killed costs at most 5% of the trials"
+    assert batches == [2] * 10, "a worker that is killed costs at most 5% of the trials"
     # another host, with records of its own
     elsewhere = Database(tmp_path / "other", tmp_path / "shipped", fake_kernel)
     second = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=elsewhere, storage=storage)
@@ -329,3 +368,11 @@ def test_the_defaults_neighbours_are_tried_at_once(fakes, database, cpu) -> None
     tune(SPEC, cpu, [LONG], effort="quick", database=database, progress=events.append)
     first = next(e for e in events if isinstance(e, Tried))
     assert {*fakes[:3]} < {o.schedule for o in first.outcomes}
+
+
+def test_from_scratch_each_value_is_tried_beside_the_defaults(fakes, database, cpu, monkeypatch) -> None:
+    monkeypatch.setitem(module.PLANS, Effort.QUICK, Plan(11, 11, 60.0, (2,), 3, 4))
+    fakes += [schedule(tile, 4, "new") for tile in (128, 8)]
+    result = tune(SPEC, cpu, [LONG], effort="quick", database=database)
+    values = {schedule(8, 4, "new"), *(schedule(tile, 1) for tile in (16, 32, 128))}  # nothing else has them
+    assert {o.schedule for o in result.outcomes} >= {*fakes[:3], schedule(64, 4), *values}
