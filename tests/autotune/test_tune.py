@@ -21,7 +21,7 @@ from pagedgen.autotune.database import Database, Fit
 from pagedgen.autotune.events import Event, Started, Step, Tried, Warned
 from pagedgen.autotune.search import Stop, search
 from pagedgen.autotune.select import ANY
-from pagedgen.autotune.tune import Effort, Plan, Workshop, regimes, spread, tune
+from pagedgen.autotune.tune import Effort, Plan, Workshop, pruned, regimes, spread, tune
 from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Status
@@ -251,11 +251,15 @@ def test_a_disk_that_fills_up_under_candidates_ends_the_run_with_its_name(
     assert result.counts.known == 5 and {o.schedule for o in result.outcomes} == set(FINE)
 
 
-def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
+def test_an_absent_device_gives_predictions_only(fakes, database, monkeypatch) -> None:
     fakes[:] = [*FINE, schedule(64, 4, "spills")]
     h100 = replace(target("h100"), name="h100-made-up")
-    result = tune(SPEC, h100, [SHORT, LONG], effort="max", database=database)
+    events: list[Event] = []
+    result = tune(SPEC, h100, [SHORT, LONG], effort="max", database=database, progress=events.append)
     assert result.status is Status.PREDICTED and result.roofline_gbs == 0
+    tried = [e for e in events if isinstance(e, Tried)]
+    assert tried[-1].done == sum(len(e.outcomes) for e in tried) == 7
+    assert tried[-1].best_us == min(o.time_us for e in tried for o in e.outcomes if o.time_us is not None)
     assert all(
         r.status is Status.PREDICTED and r.timing is None and r.verdict is None for r in result.records
     )
@@ -268,6 +272,10 @@ def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
     fakes[:] = [schedule(64, 4, "spills"), *FINE]  # its first candidate spills, and there is no time
     cut = tune(SPEC, h100, [SHORT, LONG], effort="max", budget_s=1e-6, database=database)
     assert cut.stop is Stop.BUDGET and 0 < len({r.schedule for r in cut.records}) < 6
+    fakes[:] = [*(schedule(64, 4, mood) for mood in ("spills", "refused")), *FINE]
+    monkeypatch.setitem(module.PLANS, Effort.MAX, Plan(3, 8, 60.0, (2,), 3, 3))  # two of three do not compile
+    few = tune(SPEC, h100, [SHORT, LONG], effort="max", database=database)
+    assert few.stop is Stop.TRIALS and len(few.selection.variants) == 1
     fakes[:] = [schedule(64, 4, "spills")]
     with pytest.raises(NoCandidate, match=r"left \(1 at compile; the last: spills 64 B a thread\)"):
         tune(SPEC, h100, [SHORT, LONG], effort="max", database=database)
@@ -297,7 +305,9 @@ def test_runs_of_one_study_share_it_and_read_one_result(fakes, database, cpu, tm
     assert batches == [2] * 10, "a worker that is killed costs at most 5% of the trials"
     # another host, with records of its own
     elsewhere = Database(tmp_path / "other", tmp_path / "shipped", fake_kernel)
+    monkeypatch.setattr(module, "bandwidth", functions.other_bandwidth)
     second = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=elsewhere, storage=storage)
+    assert first.roofline_gbs == second.roofline_gbs == 20.0  # of those who timed the finalists
     assert second.counts.compiled == second.counts.timed == 0
     assert second.selection == first.selection and second.records == first.records
     here, there = (d.find(SPEC, "cpu", first.records[0].stamp).entry for d in (database, elsewhere))
@@ -315,6 +325,23 @@ def test_bad_input_is_named(fakes, database, cpu) -> None:
     ):
         with pytest.raises(InvalidValue, match=field):
             tune(SPEC, cpu, **{"workloads": [SHORT], "database": database, **arguments})
+
+
+def test_the_better_half_is_kept_and_a_tenth_of_the_rest() -> None:
+    ranked = {schedule(8, i): float(i) for i in range(1, 41)}
+    order = list(ranked)
+    for trials, cut, audited in ((5, 20, 2), (30, 30, 1), (50, 40, 0)):
+        kept = pruned(ranked, trials, "spec")
+        assert list(kept[:cut]) == order[:cut]
+        assert len(kept) == len(set(kept)) == cut + audited and set(kept) <= set(order)
+
+
+def test_a_gpu_times_candidates_on_up_to_eight_batches(fakes, database, cpu) -> None:
+    batches = tuple(Workload.uniform(1, 2**i) for i in range(10))
+    for where, count in ((target("h100"), 8), (cpu, 3)):
+        plan = module.PLANS[Effort.QUICK]
+        run = module._Run(SPEC, where, batches, plan, 0, database, lambda e: None, True, None, None)
+        assert run.searched == regimes(batches, count) and len(run.searched) == count
 
 
 def test_spread_keeps_the_ends() -> None:

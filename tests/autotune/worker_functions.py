@@ -157,6 +157,10 @@ def fake_bandwidth(spec: KernelSpec, device: str) -> Bandwidth:
     return Bandwidth(20.0, 40.0)
 
 
+def other_bandwidth(spec: KernelSpec, device: str) -> Bandwidth:
+    return Bandwidth(30.0, 40.0)
+
+
 def fake_matmul_tflops(spec: KernelSpec, device: str) -> float:
     return 50.0
 
