@@ -35,7 +35,7 @@ FITTED = 1500  # timings that constants are fitted to, evenly drawn
 # What picks for a device that was not measured cost against its own best, in the median over specs from an
 # H100 to an H200 (docs/benchmarks/prediction.md): with the model calibrated on a device of the same
 # architecture, and as it is, which stands for what is to be expected of other architectures.
-REGRET_ALIKE, REGRET_OTHER = 0.016, 0.097
+REGRET_ALIKE, REGRET_OTHER = 0.013, 0.097
 
 Point = tuple[KernelSpec, Schedule, Workload]
 

@@ -75,6 +75,8 @@ class Surrogate:
             draw: breaks ties and picks while nothing is known.
         """
         count = min(count, len(untried))
+        if not count:  # all that is left has been asked for already
+            return []
         if len(times) < 2:
             return draw.sample(list(untried), count)
         seen, observed = np.array(list(times)), np.array(list(times.values()))

@@ -16,7 +16,8 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -126,6 +127,18 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of a run: in compilers, linking candidates into libraries and gating them, timing them.
+
+    What is left of the run is ranking, proposing, keeping records, and starting workers.
+    """
+
+    compile_s: float = 0.0
+    gate_s: float = 0.0
+    time_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TuneResult:
     """Everything a run found. ``path`` is None when the records could not be kept."""
 
@@ -141,6 +154,7 @@ class TuneResult:
     path: Path | None
     roofline_tflops: float = 0.0  # 0 in a prediction, and of decode
     outcomes: tuple[Outcome, ...] = ()  # of every schedule tried, with what was known; none in a prediction
+    spent: Spent = Spent()
 
     def chosen(self, workload: Workload) -> Record:
         """The record of the selection's pick for a workload that was tuned for."""
@@ -289,6 +303,7 @@ class _Run:
         self.simplify = False
         self.outcomes: tuple[Outcome, ...] = ()
         self.warned = False  # that records are not kept
+        self.spent = Spent()
         self.known = tuple(self._known())
         self.calibration = Calibration()  # a measured record's prediction is the model's own
         if not present:
@@ -330,14 +345,26 @@ class _Run:
             self.path,
             self.tflops,
             self.outcomes,
+            self.spent,
         )
+
+    @contextmanager
+    def _on(self, phase: str) -> Iterator[None]:
+        """Count what is done inside as time of a phase, a field of :class:`Spent`."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            taken = getattr(self.spent, phase) + time.monotonic() - begin
+            self.spent = replace(self.spent, **{phase: taken})
 
     # ---- the device is present ----
 
     def _measured(self, begin: float, deadline: float) -> tuple[Selection, tuple[Record, ...], Stop]:
         self._level_with(self.known)
         with Ledger(Grid(self.space), self.place, self._identity()) as ledger:
-            self.bandwidth, self.tflops = self._read_rate(), self._product_rate()
+            with self._on("time_s"):
+                self.bandwidth, self.tflops = self._read_rate(), self._product_rate()
             limit = self.bandwidth.limit_gbs
             floors = [w.floor_us(self.spec, limit, self.tflops) for w in self.searched]
             enough = geometric_mean(floors) / ENOUGH
@@ -476,9 +503,12 @@ class _Run:
         anchor = self.anchor[0] if self.anchor else None
         wanted = batch if anchor is None or anchor in batch else (anchor, *batch)
         reasons: dict[Schedule, str] = {}
-        usable = self._compile(wanted, reasons)
-        verified, library = self._gate(usable, self.seed, reasons)
-        raced = self._race(library, verified, self.searched, self.plan.rungs, reasons, anchor, "time")
+        with self._on("compile_s"):
+            usable = self._compile(wanted, reasons)
+        with self._on("gate_s"):
+            verified, library = self._gate(usable, self.seed, reasons)
+        with self._on("time_s"):
+            raced = self._race(library, verified, self.searched, self.plan.rungs, reasons, anchor, "time")
         outcomes = []
         scores = {s: geometric_mean([t.median_us for t in row.values()]) for s, row in raced.items()}
         level = 1.0  # puts this batch's clock on the first batch's
@@ -682,10 +712,11 @@ class _Run:
             raise
 
     def _finalists(self, outcomes: Sequence[Outcome]) -> list[Schedule]:
-        """The fastest over all workloads, each workload's own fastest, and what is chosen on record.
+        """The fastest over all workloads, each workload's own fastest, what is chosen on record, the default.
 
         What was chosen before may be fastest on a workload that candidates are not timed on while searching:
         only where it is timed beside the others on all of them is the new choice no worse than the old one.
+        And than the default, which is what is called where there are no records: it is timed with them, too.
         """
         timed = sorted((o for o in outcomes if o.time_us is not None), key=lambda o: o.time_us or 0.0)
         finalists = [o.schedule for o in timed[: self.plan.finalists]]
@@ -695,6 +726,7 @@ class _Run:
             finalists += [r.schedule for r in sorted(rows, key=lambda r: r.time_us)[:1]]
         if self.found is not None and self.found.entry.selection is not None:
             finalists += [v for v in self.found.entry.selection.variants if v in self.legal]
+        finalists += [s for s in (default_schedule(self.spec, self.target),) if s in known]
         if self.simplify:
             finalists += self._simpler(finalists[:1])
         return list(dict.fromkeys(finalists))
@@ -713,12 +745,15 @@ class _Run:
     def _final(self, finalists: Sequence[Schedule]) -> tuple[Record, ...]:
         """Gate again on fresh inputs, then time all together on every workload, no halving."""
         reasons: dict[Schedule, str] = {}
-        usable = self._compile(finalists, reasons)
-        verified, library = self._gate(usable, self.seed + 1, reasons, again=True)
+        with self._on("compile_s"):
+            usable = self._compile(finalists, reasons)
+        with self._on("gate_s"):
+            verified, library = self._gate(usable, self.seed + 1, reasons, again=True)
         rounds = (self.plan.final_rounds,)
-        before, tflops = self._read_rate(), self._product_rate()
-        raced = self._race(library, verified, self.workloads, rounds, reasons, None, "retime")
-        after, self.tflops = self._read_rate(), (tflops + self._product_rate()) / 2
+        with self._on("time_s"):
+            before, tflops = self._read_rate(), self._product_rate()
+            raced = self._race(library, verified, self.workloads, rounds, reasons, None, "retime")
+            after, self.tflops = self._read_rate(), (tflops + self._product_rate()) / 2
         self.bandwidth = Bandwidth(
             (before.read_gbs + after.read_gbs) / 2, max(before.limit_gbs, after.limit_gbs)
         )
@@ -765,7 +800,8 @@ class _Run:
                 break
             batch = ranked[tried : tried + self.plan.finalists - len(usable)]
             reasons: dict[Schedule, str] = {}
-            usable += self._compile(batch, reasons)
+            with self._on("compile_s"):
+                usable += self._compile(batch, reasons)
             tried += len(batch)
             outcomes = []
             for schedule in batch:

@@ -1,8 +1,8 @@
 """The ``extend-gpu`` suite: our extend kernels here, in TFLOP/s and as a share of a large matrix product.
 
 The batches that published comparisons of prefill kernels use, in float16, bfloat16 and FP8, with several
-tiles each, of which the first is what would be picked; then mixed batches, masks, head dims and block sizes
-with the pick alone. Every kernel passes the gate first.
+tiles each: first what would be picked, then the default where that is another; then mixed batches, masks,
+head dims and block sizes with the pick alone. Every kernel passes the gate first.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def jobs() -> tuple[Job, ...]:
 
 
 def candidates(spec: KernelSpec, target: Target) -> tuple[Schedule, ...]:
-    """The legal ones of :data:`TILES`, each with the ways of loading ids that suit it."""
-    base = dict(default_schedule(spec, target).choices)
-    found = []
+    """The default, then the legal ones of :data:`TILES`, each with the way of loading ids that suits it."""
+    default = default_schedule(spec, target)
+    base, found = dict(default.choices), [default]
     for tile_m, tile, warps, stages, prefetch in TILES:
         for ids in ("scalar", "page", "gather"):
             schedule = Schedule.of(
@@ -120,7 +120,7 @@ def candidates(spec: KernelSpec, target: Target) -> tuple[Schedule, ...]:
             if is_feasible(spec, target, schedule):
                 found.append(schedule)
                 break
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def run(output: Output) -> Report:
@@ -174,7 +174,8 @@ def _contest(job: Job, target: Target, folder: Path) -> tuple[tuple[Row, ...], f
         if schedule == chosen.schedule:
             continue
         name = "tile {}x{}, {} warps".format(*(schedule[f] for f in ("tile_m", "tile", "num_warps")))
-        candidate = Pick(schedule, "candidate")
+        default = schedule == default_schedule(job.spec, target)
+        candidate = Pick(schedule, "default" if default else "candidate")
         name += f", {schedule['num_stages']} stages{', ids ahead' if schedule['prefetch_ids'] else ''}"
         try:
             contenders.append(ours(job.spec, target, job.workload, "cuda", folder, name, candidate))

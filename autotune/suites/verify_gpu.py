@@ -2,20 +2,20 @@
 
 Verification is worth its drafts while reading KV bounds it, so each case is read against decode: the same
 sequences, the same cache, one query each, timed in the same interleaved rounds. Drafts in a line and in a
-tree, in float16, bfloat16 and FP8; then what else changes a kernel's speed. Every kernel passes the gate
-first.
+tree, in float16, bfloat16 and FP8; then what else changes a kernel's speed. Where a schedule is on record,
+the default is timed beside it. Every kernel passes the gate first.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pagedgen.autotune.device import device_of
 from pagedgen.autotune.roofline import gpu_read_gbs
-from pagedgen.autotune.suites.contest import contest, ours
+from pagedgen.autotune.suites.contest import Pick, contest, ours
 from pagedgen.autotune.suites.decode_gpu import (
     BF16,
     E4M3,
@@ -29,6 +29,7 @@ from pagedgen.autotune.suites.decode_gpu import (
 from pagedgen.autotune.suites.output import Output
 from pagedgen.autotune.suites.report import Case, Draft, Report, Row
 from pagedgen.autotune.tune import MEASURE_S, Workshop
+from pagedgen.compiler.space import default_schedule
 from pagedgen.errors import DeviceMissing, PagedgenError
 from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
@@ -37,6 +38,7 @@ from pagedgen.values.workload import Workload
 
 ROUNDS = 15
 DECODE, LINE, TREE = "decode of the same KV", "verify, in a line", "verify, in a tree"
+DEFAULT = ", default schedule"  # beside one that was tuned
 
 
 def jobs() -> tuple[Job, ...]:
@@ -76,6 +78,16 @@ def contenders_of(job: Job) -> tuple[tuple[str, KernelSpec, Workload], ...]:
     return tuple(found)
 
 
+def with_defaults(picks: Picks, target: Target) -> dict[str, Picks]:
+    """What is timed, by the end of a contender's name: verify's defaults, too, where others are on record."""
+    defaults = {
+        (spec, workload): Pick(default_schedule(spec, target), "default")
+        for (spec, workload), chosen in picks.items()
+        if spec.op is Op.VERIFY and chosen.origin != "default"
+    }
+    return {"": picks, DEFAULT: {key: d for key, d in defaults.items() if d.schedule != picks[key].schedule}}
+
+
 def run(output: Output) -> Report:
     """All cases that are wanted, on the first GPU.
 
@@ -93,8 +105,9 @@ def run(output: Output) -> Report:
         for name, spec, workload in contenders_of(job)
     ]
     with tempfile.TemporaryDirectory(prefix="pagedgen-bench-") as folder, Workshop(target) as shop:
-        picks = compile_picks(timed, target, shop, output.note)
-        prove_picks(picks, target, Path(folder), output.note)
+        picks = with_defaults(compile_picks(timed, target, shop, output.note), target)
+        for some in picks.values():
+            prove_picks(some, target, Path(folder), output.note)
         read_gbs: tuple[float, ...] = (shop.worker.call(gpu_read_gbs, timeout_s=MEASURE_S),)
         for number, job in enumerate(todo, 1):
             case = _case(job, target, Path(folder), shop, read_gbs, picks)
@@ -108,9 +121,15 @@ def run(output: Output) -> Report:
 
 
 def _case(
-    job: Job, target: Target, folder: Path, shop: Workshop, read_gbs: Sequence[float], picks: Picks
+    job: Job,
+    target: Target,
+    folder: Path,
+    shop: Workshop,
+    read_gbs: Sequence[float],
+    picks: Mapping[str, Picks],
 ) -> Case:
-    chosen = {(s, w): picks[s, w] for _, s, w in contenders_of(job) if (s, w) in picks}
+    here = {(s, w) for _, s, w in contenders_of(job)}
+    chosen = {end: {key: some[key] for key in here if key in some} for end, some in picks.items()}
     try:
         rows = shop.worker.call(_contest, job, target, folder, chosen, timeout_s=2 * MEASURE_S)
     except PagedgenError as error:
@@ -119,15 +138,21 @@ def _case(
     return Case(job.name, job.spec, job.workload, rows, tuple(read_gbs))
 
 
-def _contest(job: Job, target: Target, folder: Path, picks: Picks) -> tuple[Row, ...]:
+def _contest(job: Job, target: Target, folder: Path, picks: Mapping[str, Picks]) -> tuple[Row, ...]:
     """One case, in the worker; a row for each contender, in their order."""
     contenders, rows = [], {}
-    for name, spec, workload in contenders_of(job):
+    timed = [
+        (f"{name}{end}", spec, workload, some.get((spec, workload)))
+        for name, spec, workload in contenders_of(job)
+        for end, some in picks.items()
+        if not end or (spec, workload) in some
+    ]
+    for name, spec, workload, chosen in timed:
         try:
-            found = ours(spec, target, workload, "cuda", folder, name, picks.get((spec, workload)))
+            found = ours(spec, target, workload, "cuda", folder, name, chosen)
         except PagedgenError as error:
             rows[name] = Row(name, (), workload.kv_bytes(spec), "", f"{type(error).__name__}: {error}")
         else:
             contenders.append(replace(found, flops=0))  # reading KV is what bounds it
     rows |= {row.contender: row for row in contest(contenders, job.rounds)[0]}
-    return tuple(rows[name] for name, *_ in contenders_of(job))
+    return tuple(rows[name] for name, *_ in timed)

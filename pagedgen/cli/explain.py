@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import sympy
 from rich.markup import escape
@@ -19,14 +20,15 @@ from pagedgen.values.spec import KernelSpec, Op
 from pagedgen.values.target import Target
 from pagedgen.values.workload import Workload
 
-WORKLOAD = {True: "32x4096", False: "4x512of4096"}  # of decode, and of what has queries
+WORKLOAD = {Op.DECODE: "32x4096", Op.VERIFY: "64x8of4096"}  # of other operators, a chunk of some prompts
+CHUNKS = "4x512of4096"
 
 
 def run(job: Job, *, schedule: str | None, workload: str | None, as_json: bool) -> None:
     """Print four tables: fields, constraints, costs and the symbols behind them."""
     job.warn()
     spec, target = job.only, job.target
-    work = Workload.parse(workload or WORKLOAD[spec.op is Op.DECODE], spec.op)
+    work = Workload.parse(workload or WORKLOAD.get(spec.op, CHUNKS), spec.op)
     family = family_for(spec, target)
     chosen, origin = schedule_of(spec, target, schedule)
     legal = feasible(spec, target)
@@ -125,9 +127,13 @@ def run(job: Job, *, schedule: str | None, workload: str | None, as_json: bool) 
 
 
 def _rank_errors(spec: KernelSpec, target: Target) -> tuple[RankError, ...]:
-    """Of the measured records that hold here: predictions for other kernels may be another model's."""
+    """How today's model ranks the measured records that hold here; what they say was predicted is that of
+    the model they were tuned with."""
     found = recorded(spec, target)
-    return rank_errors(found.entry.records) if found is not None else ()
+    records = found.entry.records if found is not None else ()
+    return rank_errors(
+        replace(r, predicted_us=predict(spec, target, r.schedule, r.workload).time_us) for r in records
+    )
 
 
 def _number(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.progress import Progress, TaskID
@@ -169,10 +170,12 @@ def show(result: TuneResult, workloads: Sequence[Workload]) -> None:
     for i, schedule in enumerate(result.selection.variants):
         console.out().print(f"  kernel {i}: {schedule.name}", soft_wrap=True)
     counts = result.counts
+    spent = result.spent
     console.note(
         f"{counts.compiled} compiled, {counts.cached} from cache, {counts.passed} passed the gate, "
         f"{counts.timed} timed, {len(counts.rejected)} rejected of {counts.space}; {result.stop}; "
-        f"{result.seconds:.0f} s; {result.path or 'records were not kept'}"
+        f"{result.seconds:.0f} s (compiling {spent.compile_s:.0f}, proving {spent.gate_s:.0f}, timing "
+        f"{spent.time_s:.0f}); {result.path or 'records were not kept'}"
     )
 
 
@@ -227,5 +230,6 @@ def summary(result: TuneResult, workloads: Sequence[Workload]) -> dict[str, obje
         },
         "stop": result.stop.value,
         "seconds": round(result.seconds, 1),
+        "spent": {name: round(value, 1) for name, value in asdict(result.spent).items()},
         "records": str(result.path) if result.path else None,
     }

@@ -16,6 +16,7 @@ from pagedgen.values.workload import Workload
 # fp16, not 18); of 2 and 4, a long sequence among short ones would be left to that many programs a KV head.
 CLUSTER = 8
 CLUSTER_MERGES = 6  # parts whose merging through global memory takes as long as a cluster's: a guess
+TURNED = 8  # query heads of a tile where they are a product's columns, which come in eights
 TRITON_TYPES = {DType.F16: "tl.float16", DType.BF16: "tl.bfloat16", DType.F32: "tl.float32"}
 
 
@@ -201,6 +202,8 @@ class TritonDecode(Family):
         rows: tuple[Choice, ...] = (block_h(spec),)
         if target.kind == "cuda" and target.arch == "sm_90" and block_h(spec) == 32:
             rows = (32, 64)  # never the faster for 16
+        if target.kind == "cuda" and spec.group_size <= TURNED:
+            rows = (block_h(spec), TURNED)
         several = any(len(loads_of(spec, 1, block_h(spec), of_v=v)) > 1 for v in (False, True))
         columns: tuple[Choice, ...] = ("pieces", "whole") if several else ("pieces",)
         # Tiles of narrow heads are soon done: one warp needs no barriers, and many hide each other's waits.
@@ -212,7 +215,11 @@ class TritonDecode(Family):
             sums = ("reduce",)
         return (
             Field(
-                "rows", rows, rows[0], "query-head rows of a tile; 64 for wgmma, which reads shared memory"
+                "rows",
+                rows,
+                rows[0],
+                "query heads of a tile: rows of its products; 8: columns, which come in eights; 64: wgmma, "
+                "which reads shared memory",
             ),
             Field("columns", columns, columns[0], "head_dim as power-of-two pieces, or as one padded row"),
             Field(
@@ -230,8 +237,9 @@ class TritonDecode(Family):
             Field("num_stages", (2, 3, 4), 3 if narrow else 2, "depth of the load pipeline"),
             Field("waves", (1, 2, 3, 4, 6, 8), 3 if narrow else 2, "pieces aimed at for each SM"),
             *(self._split_fields(spec, target)),
-            # 96 merge 16 parts 1.5 us sooner; 32 leave registers for a fifth program on an SM (184, not 254)
-            Field("merge", (32, 96), 32, "values a thread reads at once while merging"),
+            # 96 merge 16 parts 1.5 us sooner; 32 leave registers for a fifth program on an SM (184, not 254);
+            # 128 read 16 parts of 8 heads at once, not 8: 1 x 8k in fp16 18.6 us, not 21.9
+            Field("merge", (32, 96, 128), 32, "values a thread reads at once while merging"),
             Field("seq_lanes", (128, 1024), 128, "sequences whose lengths are scanned at a time"),
             Field("fp8_decode", decodes, decodes[0], "how FP8 becomes float16"),
             Field(
@@ -274,13 +282,13 @@ class TritonDecode(Family):
         )
 
     def meaningless(self, choices: Mapping[str, Choice]) -> bool:
-        """What the constraints ``walk``, ``ahead`` and ``cluster`` say of the choices alone."""
+        """What ``walk``, ``ahead``, ``many_parts`` and ``cluster`` say of the choices alone."""
         if choices["split"] == "cluster":
             needless = choices["waves"] != 1 or choices["seq_lanes"] != 128 or choices["merge"] != 32
             return needless or choices["num_warps"] == 1
         if choices["split"] == "walk":
             return choices["seq_lanes"] != 128
-        return choices["pdl"] == 2
+        return choices["pdl"] == 2 or choices["merge"] == 128
 
     def constraints(self) -> tuple[Constraint, ...]:
         """Legality over the symbols: addressing, shared memory, registers, warps."""
@@ -292,7 +300,11 @@ class TritonDecode(Family):
         smem, smem_limit, acc_regs = sympy.symbols("smem_bytes smem_per_block acc_regs")
         return (
             Constraint("smem", smem <= smem_limit, "K and V tiles of all stages fit in shared memory"),
-            Constraint("registers", acc_regs <= 128, "accumulators and a decoded tile fit in registers"),
+            Constraint(
+                "registers",
+                sympy.Symbol("base_regs") + acc_regs <= 232,
+                "what every kernel needs, accumulators and a decoded tile fit in registers",
+            ),
             Constraint(
                 "walk",
                 sympy.Or(sympy.Eq(sympy.Symbol("is_walk"), 0), sympy.Symbol("seq_lanes") <= 128),
@@ -306,6 +318,11 @@ class TritonDecode(Family):
                     cluster >= 1,
                 ),
                 "looking ahead is for few sequences, walked along, and for programs that run at once",
+            ),
+            Constraint(
+                "many_parts",
+                sympy.Or(sympy.Symbol("merge") <= 96, sympy.Eq(sympy.Symbol("is_walk"), 1)),
+                "few sequences, walked along, have parts enough to read more of them at once",
             ),
             Constraint(
                 "cluster",
@@ -327,6 +344,11 @@ class TritonDecode(Family):
                 ),
                 "several warps have tokens of their own, and products of one warp 32 rows at most; a warp "
                 "has more tokens than all copy at once, else Triton lays the rows it reads in the same banks",
+            ),
+            Constraint(
+                "turned",
+                sympy.Or(rows > TURNED, cluster >= 1, 32 * warps <= sympy.Symbol("row_bytes")),
+                "where query heads are columns, warps share the dims of V, 16 each",
             ),
             Constraint(
                 "wgmma",
@@ -352,7 +374,7 @@ class TritonDecode(Family):
             Cost(
                 "regs",
                 "a thread",
-                sympy.Min(s("max_regs"), 104 + 1.27 * s("acc_regs") + 0.2 * (s("merge") - 32)),
+                sympy.Min(s("max_regs"), s("base_regs") + 1.27 * s("acc_regs") + 0.2 * (s("merge") - 32)),
                 "estimated registers: what every kernel needs, accumulators and a decoded tile, merging",
             ),
             Cost(
@@ -473,6 +495,7 @@ class TritonDecode(Family):
             "seq_lanes": lanes,
             "merge": schedule.int("merge"),
             "max_regs": schedule.int("max_regs") or 255,
+            "base_regs": 66 if rows == TURNED else 104,  # queries and weights of 8 rows, not of 16
             "smem_bytes": tile_bytes * buffers + rows * tile * 2 + 2048 + box_bytes(spec, schedule),
             "smem_per_block": target.smem_per_block,
             "smem_per_sm": target.smem_per_sm,
@@ -523,41 +546,48 @@ class TritonDecode(Family):
         }
 
     @staticmethod
-    def _shapes(tile: int, block_size: int, apart: int) -> Mapping[str, object]:
+    def _shapes(tile: int, block_size: int, apart: int, turned: bool) -> Mapping[str, object]:
         """Literals of how a tile's tokens lie: in one row, or with ``apart`` warps in a row for each.
 
         Tensors of the loop then have one dimension more, the first, along which Triton lays out the warps.
+        ``turned``: scores are [tokens, query heads] and results [dims, query heads].
         """
+        # a vector as rows or columns: one that each warp has of its own, and one that is the same for all
+        own, same = ("[:, :, None]", "[:, None, :]"), ("[None, :, None]", "[None, None, :]")
         if not apart:
-            return {
-                "apart": 0,
-                "own": "",
-                "last_axis": 1,
-                "of_rows": "[:, None]",
-                "of_dims": "[None, :]",
-                "k_row": "[None, :]",
-                "k_dim": "[:, None]",
-                "tile_shape": [tile],
-                "tokens_of": f"tl.arange(0, {tile})",
-                "pages_of": f"tl.arange(0, {max(1, tile // block_size)})",
-            }
+            own = same = ("[:, None]", "[None, :]")
+        heads, others = (1, 0) if turned else (0, 1)  # dimensions of scores, and of results
 
         def dealt(count: int) -> str:
+            if not apart:
+                return f"tl.arange(0, {count})"
             return f"(tl.arange(0, {apart})[:, None] * {count} + tl.arange(0, {count})[None, :])"
 
-        share = tile // apart
+        share = tile // (apart or 1)
         return {
             "apart": apart,
-            "own": f"{apart}, ",
-            "last_axis": 2,
-            "of_rows": "[:, :, None]",
-            "of_dims": "[None, None, :]",
-            "k_row": "[:, None, :]",
-            "k_dim": "[None, :, None]",
-            "tile_shape": [apart, share],
+            "own": f"{apart}, " if apart else "",
+            "last_axis": others + (apart > 0),
+            "of_rows": own[0],
+            "of_dims": same[1],
+            "of_heads": own[heads],
+            "heads_of": same[heads],
+            "k_row": own[others],
+            "k_dim": same[heads],
+            "v_row": own[heads],
+            "v_across": same[others],
+            "tile_shape": [apart, share] if apart else [tile],
             "tokens_of": dealt(share),
             "pages_of": dealt(max(1, share // block_size)),
         }
+
+    @staticmethod
+    def _sums_width(schedule: Schedule, turned: bool, apart: int) -> int:
+        """Columns, or turned rows, of the ones that weights are multiplied with: enough for all warps."""
+        warps, rows = schedule.int("num_warps"), schedule.int("rows")
+        if apart or warps == 1 or rows >= 64:
+            return 16
+        return 16 * warps if turned else 2 * rows
 
     @staticmethod
     def _part(schedule: Schedule, tokens: int) -> int:
@@ -596,6 +626,7 @@ class TritonDecode(Family):
         rows = min(block_h(spec), spec.group_size)
         merge_rows, merge_dims = next_power_of_two(rows), next_power_of_two(spec.v_dim)
         cluster = cluster_of(schedule)
+        turned = schedule.int("rows") == TURNED
         apart = schedule.int("num_warps") if cluster else 0  # warps with tokens and a softmax of their own
         cut = spec.v_dim // (cluster or 1)  # columns that a program of a cluster merges
         at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // (merge_rows * merge_dims)
@@ -644,11 +675,10 @@ class TritonDecode(Family):
             "split": str(schedule["split"]),
             "addressing": addressing(spec, tile, apart or 1),
             "pages_per_tile": max(1, tile // spec.block_size),
-            **self._shapes(tile, spec.block_size, apart),
+            **self._shapes(tile, spec.block_size, apart, turned),
+            "turned": turned,
             "sums": str(schedule["sums"]),
-            "sums_width": 16
-            if schedule.int("num_warps") == 1 or schedule.int("rows") >= 64 or apart
-            else 2 * schedule.int("rows"),
+            "sums_width": self._sums_width(schedule, turned, apart),
             "pdl": bool(schedule.int("pdl")),
             **self._ahead(spec, schedule),
             "seq_lanes": schedule.int("seq_lanes"),

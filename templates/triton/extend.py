@@ -15,6 +15,7 @@ from pagedgen.templates.triton.decode import (
     loads_of,
     width_of,
 )
+from pagedgen.templates.triton.tile_cost import call_costs, reads_smem, tile_costs, tile_symbols
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import Causality, DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
@@ -113,7 +114,7 @@ class TritonExtend(Family):
                 decodes = ("plain",)
         width = max(width_of(spec, loads_of(spec, 1, 16, of_v=v)) for v in (False, True))
         # Where matrix products read K and V from shared memory, registers are left for a longer tile.
-        from_smem = target.kind == "cuda" and target.capability // 10 in (9, 10)
+        from_smem = reads_smem(target)
         tile = 64 if width <= 128 or from_smem else 32
         tile_m, warps, stages = 128, 8, 2
         measured = from_smem and width <= 128
@@ -172,122 +173,79 @@ class TritonExtend(Family):
         )
 
     def costs(self) -> tuple[Cost, ...]:
-        """FLOPs, bytes, occupancy, and the times that bound a call. Rates are estimates, not fitted."""
+        """What a tile takes, what all of them do, and what bounds a call."""
         import sympy
 
         s = sympy.Symbol
-        sms, warps, tiles = s("num_sms"), s("num_warps"), s("q_tiles")
         return (
-            Cost("flops", "FLOP", s("mma_flops"), "matrix products, masked and padded rows included"),
-            Cost(
-                "regs",
-                "a thread",
-                s("tile_regs") + 64,
-                "estimated registers: accumulators, scores, addresses",
-            ),
-            Cost(
-                "occupancy",
-                "programs/SM",
-                sympy.Max(
-                    1,
-                    sympy.Min(
-                        sympy.floor(s("smem_per_sm") / (s("smem_bytes") + 1024)),
-                        sympy.floor(s("regs_per_sm") / (s("regs") * 32 * warps)),
-                        sympy.floor(s("max_threads_per_sm") / (32 * warps)),
-                        32,
-                    ),
-                ),
-                "programs resident on an SM: shared memory, registers, threads",
-            ),
-            Cost(
-                "mma_us",
-                "µs",
-                s("flops") / (s("f16_tflops") * s("mma_share") * 1e6),
-                "matrix products at the share of the published rate that such tiles reach",
-            ),
-            Cost(
-                "issue_us",
-                "µs",
-                s("kv_tiles") * s("slots_per_tile") / (sms * 4 * s("clock_mhz") * s("issue_rate")),
-                "issuing all other instructions on four schedulers an SM",
-            ),
-            Cost(
-                "memory_us",
-                "µs",
-                s("kv_bytes") / (s("bandwidth_gbs") * 1000),
-                "reading K and V once",
-            ),
-            Cost(
-                "tail",
-                "",
-                1 + sympy.Min(1, sms * s("occupancy") / (2 * sympy.Max(tiles, 1))),
-                "what an uneven last round of programs costs",
-            ),
+            *tile_costs(),
+            *call_costs(),
+            Cost("flops", "FLOP", s("tiles") * s("tile_flops"), "products, masked and padded rows included"),
             Cost(
                 "time_us",
                 "µs",
                 s("launch_us")
-                + s("scan_us") * sympy.ceiling(tiles / (sms * s("occupancy")))
-                + sympy.Max(s("memory_us"), (s("mma_us") + s("issue_us") / s("overlap")) * s("tail")),
-                "what a call and its programs cost before and after, and the larger of memory and compute",
+                + sympy.Max(
+                    s("issue_us"), sympy.sqrt(s("mma_us") ** 2 + s("chain_us") ** 2 + s("memory_us") ** 2)
+                ),
+                "products, waiting and reading overlap as chance has it, so their squares add up; "
+                "instructions are issued meanwhile",
             ),
         )
 
     def symbols(
         self, spec: KernelSpec, target: Target, schedule: Schedule, workload: Workload
     ) -> Mapping[str, float]:
-        """Numbers behind the symbols; rates are estimates for what a plain Triton kernel reaches."""
+        """Numbers behind the symbols: those of a tile, and how many of them a batch makes."""
         tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
         warps, stages = schedule.int("num_warps"), schedule.int("num_stages")
         ids, group = str(schedule["ids"]), spec.group_size
         width, v_width = (width_of(spec, loads_of(spec, 1, 16, of_v=v)) for v in (False, True))
-        programs, kv_tiles, memory = 0, 0, 0
+        rows = max(1.0, tile_m / group)  # query tokens of a tile
+        programs, tiles, longest, memory = 0, 0.0, 1, 0
         for seq_len, q_len in zip(workload.seq_lens, workload.lens_of_queries, strict=True):
             if not q_len:
                 continue
             mine = cdiv(q_len * group, tile_m)
-            rows = max(1, tile_m // group)  # query tokens of a tile
-            seen = visible_pairs(spec, q_len, seq_len) // q_len + rows  # KV tokens a tile works through
+            # A tile's rows see all that its last row sees; tiles of KV are begun whole.
+            seen = visible_pairs(spec, q_len, seq_len) / q_len + (rows - 1) / 2
             programs += mine
-            kv_tiles += mine * cdiv(seen, tile)
+            tiles += mine * (min(seen, seq_len) / tile + 0.5)
+            last = spec.visible(seq_len - 1, seq_len)
+            longest = max(longest, cdiv(len(last), tile))
             memory += seq_len - spec.visible(seq_len - q_len, seq_len).start
-        programs, kv_tiles = programs * spec.num_kv_heads, kv_tiles * spec.num_kv_heads
-        threads = 32 * warps
-        decode = {"none": 0.0, "cvt": 0.75, "bits": 1.0, "plain": 2.0}[str(schedule["fp8_decode"])]
-        # Per warp-instruction: scores take about 8 each, V and K's addresses and copies 16 bytes a thread.
-        slots = tile_m * tile * (8 + (6 if spec.logits_soft_cap else 0)) / 32
-        slots += tile * (width + v_width) * (spec.kv_dtype.size / 16 * 5 + decode) / 32
-        slots += {"gather": 5.0, "page": 2.0, "scalar": 0.5}[ids] * tile + tile_m * width / 32 + 60 * warps
-        buffers = max(1, stages if schedule.int("prefetch_ids") else stages - 1)
-        smem = tile_m * width * 2 + tile * (width + v_width) * spec.kv_dtype.size * buffers
-        smem += tile * (width + v_width) * 2 if spec.kv_dtype.is_fp8 else 0  # decoded K and V
+        # Without ids ahead, two tiles have room however many stages there are (compiled, sm_90). mma.sync
+        # takes its operands to registers, and a stage less.
+        buffers: float = max(1, stages if schedule.int("prefetch_ids") else min(2, stages))
+        if not (reads_smem(target) and warps % 4 == 0 and tile_m >= 64):
+            buffers = max(1, stages - 1)
+        if stages == 1 and not spec.kv_dtype.is_fp8:
+            buffers = 0.5  # V's place is K's
         return {
-            "tile": tile,
-            "tile_m": tile_m,
+            **tile_symbols(
+                spec,
+                target,
+                tile_m=tile_m,
+                tile=tile,
+                warps=warps,
+                buffers=buffers,
+                widths=(width, v_width),
+                decode=str(schedule["fp8_decode"]),
+                addresses=ids,
+                other_regs=0,
+            ),
             "block_size": spec.block_size,
-            "num_warps": warps,
             "is_scalar": int(ids == "scalar"),
             "is_page": int(ids == "page"),
-            "smem_bytes": smem + 1024,
-            "smem_per_block": target.smem_per_block,
-            "smem_per_sm": target.smem_per_sm,
-            "regs_per_sm": target.regs_per_sm,
-            "max_threads_per_sm": target.max_threads_per_sm,
-            "tile_regs": tile_m * (v_width + tile) / threads,
-            "mma_flops": 2.0 * tile_m * tile * (width + v_width) * kv_tiles,
-            "mma_share": 0.65 if tile_m >= 64 and warps % 4 == 0 else 0.4,
-            "f16_tflops": max(1.0, target.f16_tflops),
+            "tile_regs": tile_m * (v_width + tile) / (32 * warps),
             "kv_bytes": float(memory * spec.kv_bytes_per_token),
-            "bandwidth_gbs": max(1.0, target.bandwidth_gbs) * 0.85,
-            "num_sms": target.num_sms,
-            "q_tiles": max(1, programs),
-            "kv_tiles": max(1, kv_tiles),
-            "slots_per_tile": slots,
-            "clock_mhz": 1755,
-            "issue_rate": 0.5,  # instructions a scheduler and cycle
-            "overlap": 1.5 if stages > 1 else 1.0,  # of other instructions with matrix products
-            "launch_us": 6.0,
-            "scan_us": 2.0 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
+            "programs": max(1, programs * spec.num_kv_heads),
+            "tiles": max(1.0, tiles * spec.num_kv_heads),
+            "longest": longest,
+            "launch_us": 5.3,
+            # finding a tile scans all sequences' lengths twice, the loads of each pass waited for
+            "program_us": 4.5 + 0.8 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
+            "program_slots": 12.0,
         }
 
     def context(

@@ -17,6 +17,7 @@ from pagedgen.templates.triton.decode import (
     width_of,
 )
 from pagedgen.templates.triton.extend import rows_context
+from pagedgen.templates.triton.tile_cost import call_costs, reads_smem, tile_costs, tile_symbols
 from pagedgen.values.schedule import Choice, Schedule
 from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
@@ -103,69 +104,37 @@ class TritonVerify(Family):
         )
 
     def costs(self) -> tuple[Cost, ...]:
-        """FLOPs, bytes, occupancy, and the times that bound a call. Rates are estimates, not fitted."""
+        """What a tile takes, what all of them do, and what bounds a call."""
         import sympy
 
         s = sympy.Symbol
-        sms, warps = s("num_sms"), s("num_warps")
-        times = (s("memory_us"), s("issue_us"), s("chain_us"))
         return (
-            Cost("flops", "FLOP", s("mma_flops"), "matrix products, masked and padded rows included"),
-            Cost(
-                "occupancy",
-                "programs/SM",
-                sympy.Max(
-                    1,
-                    sympy.Min(
-                        sympy.floor(s("smem_per_sm") / (s("smem_bytes") + 1024)),
-                        sympy.floor(s("regs_per_sm") / (sympy.Min(255, s("tile_regs") + 80) * 32 * warps)),
-                        sympy.floor(s("max_threads_per_sm") / (32 * warps)),
-                        32,
-                    ),
-                ),
-                "programs resident on an SM: shared memory, registers, threads",
-            ),
-            Cost(
-                "memory_us",
-                "µs",
-                s("kv_bytes") / (s("bandwidth_gbs") * 1000),
-                "reading K and V once at the bandwidth that reads reach",
-            ),
-            Cost(
-                "issue_us",
-                "µs",
-                s("tiles") * s("slots_per_tile") / (sms * 4 * s("clock_mhz") * s("issue_rate")),
-                "issuing all instructions on four schedulers an SM",
-            ),
-            Cost(
-                "chain_us",
-                "µs",
-                sympy.ceiling(s("pieces") / (sms * s("occupancy")))
-                * (s("tiles") / s("pieces"))
-                * (s("latency_us") / s("buffers")),
-                "a program's tiles one after the other, times the rounds of programs an SM runs",
-            ),
+            *tile_costs(),
+            *call_costs(),
+            Cost("flops", "FLOP", s("tiles") * s("tile_flops"), "products, masked and padded rows included"),
             Cost(
                 "merge_us",
                 "µs",
-                s("merge_piece_us") * s("merged_pieces"),
+                s("merge_turn_us") * s("merge_turns") + s("merge_kb_us") * s("merged_kb"),
                 "the last program of a query tile reads what the others left",
             ),
             Cost(
                 "time_us",
                 "µs",
                 s("launch_us")
-                + s("scan_us")
-                + sum(t**4 for t in times) ** sympy.Rational(1, 4)
+                + sympy.Max(
+                    s("issue_us"), sympy.sqrt(s("mma_us") ** 2 + s("chain_us") ** 2 + s("memory_us") ** 2)
+                )
                 + s("merge_us"),
-                "what a call costs before and after, and the bounds joined by a 4-norm",
+                "products, waiting and reading overlap as chance has it, so their squares add up; "
+                "instructions are issued meanwhile",
             ),
         )
 
     def symbols(
         self, spec: KernelSpec, target: Target, schedule: Schedule, workload: Workload
     ) -> Mapping[str, float]:
-        """Numbers behind the symbols: decode's, for as many rows as a tile has."""
+        """Numbers behind the symbols: those of a tile, and how many of them a batch makes."""
         tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
         warps, stages = schedule.int("num_warps"), schedule.int("num_stages")
         width, v_width = (width_of(spec, loads_of(spec, warps, tile_m, of_v=v)) for v in (False, True))
@@ -179,41 +148,44 @@ class TritonVerify(Family):
         pieces = sum(cdiv(n, chunk) * count for n, count in lens) * spec.num_kv_heads
         tiles = sum(cdiv(n, tile) * count for n, count in lens) * spec.num_kv_heads
         splits = cdiv(max(n for n, _ in lens), chunk)
-        threads, buffers = 32 * warps, max(1, stages - 1)
-        per_tile = {"none": 1000.0, "cvt": 1330.0, "bits": 1720.0, "plain": 2900.0}[
-            str(schedule["fp8_decode"])
-        ]
-        per_tile += {"gather": 400.0, "page": 0.0, "scalar": -100.0}[addressing(spec, tile)]
-        per_tile = (
-            per_tile * tile / 64 * (width + v_width) / 256 * (1 + 0.4 * (tile_m / 16 - 1)) + 100.0 * warps
-        )
-        tile_bytes = tile * (width + v_width) * spec.kv_dtype.size
+        longest = max(cdiv(cdiv(n, max(1, cdiv(n, chunk))), tile) for n, _ in lens)
+        wgmma = reads_smem(target) and warps % 4 == 0 and tile_m >= 64
         return {
-            "tile": tile,
-            "tile_m": tile_m,
-            "num_warps": warps,
-            "smem_bytes": tile_bytes * buffers + tile_m * (tile + width) * 2 + 2048,
-            "smem_per_block": target.smem_per_block,
-            "smem_per_sm": target.smem_per_sm,
-            "regs_per_sm": target.regs_per_sm,
-            "max_threads_per_sm": target.max_threads_per_sm,
-            "tile_regs": (tile_m * (v_width + tile) + tile * max(width, v_width) / 2) / threads,
-            "mma_flops": 2.0 * tile_m * tile * (width + v_width) * tiles,
+            **tile_symbols(
+                spec,
+                target,
+                tile_m=tile_m,
+                tile=tile,
+                warps=warps,
+                buffers=stages if wgmma else max(1, stages - 1),
+                widths=(width, v_width),
+                decode=str(schedule["fp8_decode"]),
+                addresses=addressing(spec, tile),
+                other_regs=32 if wgmma else 62,
+            ),
+            "tile_regs": (tile_m * (v_width + tile) + tile * max(width, v_width) / 2) / (32 * warps),
             "kv_bytes": float(sum(n for n, count in lens if count) * spec.kv_bytes_per_token),
-            "bandwidth_gbs": max(1.0, target.bandwidth_gbs) * 0.88,  # as decode's
-            "num_sms": target.num_sms,
+            "programs": max(1, pieces),
             "tiles": max(1, tiles),
-            "pieces": max(1, pieces),
-            "buffers": buffers,
-            "slots_per_tile": per_tile,
-            "clock_mhz": 1755,
-            "issue_rate": 0.38,
-            "latency_us": 1.15,
-            "launch_us": 7.8,
-            "scan_us": 2.0 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
-            "merge_piece_us": 0.133,
-            "merged_pieces": splits if splits > 1 else 0,
+            "longest": max(1, longest),
+            "launch_us": 3.0,
+            "program_us": 6.5 + 0.8 * cdiv(workload.num_seqs, schedule.int("seq_lanes")),
+            "program_slots": 12.0,
+            "merge_turn_us": 0.33,
+            # two at a time, they are summed across warps: 50 us more for 32 parts of 32 rows
+            "merge_turns": splits * (1 if self._parts_at_once(spec, schedule) == 1 else 5)
+            if splits > 1
+            else 0,
+            "merge_kb_us": 0.016,  # 1 KB of one program
+            "merged_kb": splits * tile_m * spec.v_dim * 4 / 1024 if splits > 1 else 0.0,
         }
+
+    @staticmethod
+    def _parts_at_once(spec: KernelSpec, schedule: Schedule) -> int:
+        """Parts that are read at a time."""
+        values = schedule.int("tile_m") * next_power_of_two(spec.v_dim)  # of one
+        at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // values
+        return min(32, 1 << max(0, at_once.bit_length() - 1))
 
     @staticmethod
     def _min_chunk(tile: int) -> int:
@@ -231,7 +203,6 @@ class TritonVerify(Family):
         tile, tile_m = schedule.int("tile"), schedule.int("tile_m")
         loads, v_loads = (loads_of(spec, schedule.int("num_warps"), tile_m, of_v=v) for v in (False, True))
         merge_dims = next_power_of_two(spec.v_dim)
-        at_once = schedule.int("merge") * 32 * schedule.int("num_warps") // (tile_m * merge_dims)
         return {
             "spec": spec,
             "target": target,
@@ -264,7 +235,7 @@ class TritonVerify(Family):
             "merge_rows": tile_m,
             "merge_dims": merge_dims,
             "parts_across_lanes": merge_dims < 128,  # 32 lanes, 4 values each, take one part's row otherwise
-            "merge_parts_at_once": min(32, 1 << max(0, at_once.bit_length() - 1)),
+            "merge_parts_at_once": self._parts_at_once(spec, schedule),
         }
 
 

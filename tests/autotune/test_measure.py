@@ -16,6 +16,7 @@ from pagedgen.autotune.measure import (
     Rotation,
     Turns,
     Verified,
+    _graph_calls,
     last_level_cache_bytes,
     measure,
 )
@@ -65,6 +66,18 @@ def test_queries_and_outputs_count_as_memory(monkeypatch) -> None:
     turns = Rotation(spec, Workload.chunks(2, 256, 256), "cpu", seed=0)
     kv, queries = 2 * 512 * 32 * 4, 512 * 8 * 32 * 4
     assert len(turns.inputs) == 1 and 2 * queries + kv < turns.num_bytes < 2 * queries + 3 * kv
+
+
+def test_what_prompts_evict_by_themselves_counts_for_the_rotation(monkeypatch) -> None:
+    monkeypatch.setattr(module, "last_level_cache_bytes", lambda device: 1 << 15)
+    spec = KernelSpec(Op.EXTEND, 32, 8, 1, 16, DType.F32, DType.F32, k_inner=KInner.DIM)
+    chunk, prompt = Workload.chunks(1, 8, 256), Workload.chunks(1, 256, 256)  # 64 KiB of K and V
+    assert len(Rotation(spec, chunk, "cpu", 0).inputs) == 3
+    assert len(Rotation(spec, prompt, "cpu", 0).inputs) == 1  # 512 KiB of queries and outputs beside them
+
+
+def test_long_calls_are_repeated_less() -> None:
+    assert [_graph_calls(us) for us in (1.0, 10.0, 100.0, 400.0, 1000.0, 5000.0)] == [256, 100, 10, 8, 3, 1]
 
 
 def test_this_machines_cache_is_known() -> None:

@@ -19,6 +19,7 @@ from pagedgen.autotune.suites import (
     SUITES,
     decode_gpu,
     extend_cpu,
+    extend_gpu,
     invariant_gpu,
     move_gpu,
     peers_cpu,
@@ -27,7 +28,7 @@ from pagedgen.autotune.suites import (
     verify_gpu,
 )
 from pagedgen.autotune.suites import contest as contest_module
-from pagedgen.autotune.suites.contest import Contender, contest, ours, pick, prove_all, proved
+from pagedgen.autotune.suites.contest import Contender, Pick, contest, ours, pick, prove_all, proved
 from pagedgen.autotune.suites.decode_gpu import GRID_WORKLOAD, grid, rows
 from pagedgen.autotune.suites.output import Output
 from pagedgen.autotune.suites.report import Case, Draft, Report, Row
@@ -327,11 +328,41 @@ def test_a_verify_that_does_not_compile_is_a_row_and_others_are_timed(tmp_path, 
 
     monkeypatch.setattr(verify_gpu, "ours", ours)
     job = verify_gpu.jobs()[0]
-    rows = verify_gpu._contest(job, target("h100"), tmp_path, {})
+    rows = verify_gpu._contest(job, target("h100"), tmp_path, {"": {}})
     first, second, third = Case("case", job.spec, job.workload, rows, (1.0,)).summaries()
     assert (first.contender, first.failure) == (verify_gpu.DECODE, "")
     assert (second.contender, second.speed_ratio) == (verify_gpu.LINE, 1.5)  # of decode's time
     assert (third.contender, third.failure) == (verify_gpu.TREE, "CompileError: no")
+
+
+def test_defaults_are_timed_beside_what_is_on_record(tmp_path, monkeypatch) -> None:
+    h100, job = target("h100"), verify_gpu.jobs()[0]
+    (_, decode, plain), (_, line, batch), (_, tree, _) = verify_gpu.contenders_of(job)
+    default = default_schedule(line, h100)
+    tuned = next(s for s in near_default(line, h100, 2) if s != default)
+    picks = {
+        (decode, plain): Pick(default_schedule(decode, h100), "measured"),
+        (line, batch): Pick(tuned, "measured"),
+        (tree, batch): Pick(default_schedule(tree, h100), "default"),
+    }
+    called: list[tuple[str, Schedule]] = []
+
+    def ours(spec, target, workload, device, folder, name, chosen):
+        called.append((name, chosen.schedule))
+        return Contender(name, FakeClock(20.0, []), 100)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verify_gpu, "ours", ours)
+    rows = verify_gpu._contest(job, h100, tmp_path, verify_gpu.with_defaults(picks, h100))
+    beside = verify_gpu.LINE + verify_gpu.DEFAULT
+    assert [r.contender for r in rows] == [verify_gpu.DECODE, verify_gpu.LINE, beside, verify_gpu.TREE]
+    assert dict(called)[verify_gpu.LINE] == tuned and dict(called)[beside] == default
+
+
+def test_extend_is_timed_with_its_default_and_every_tile_once() -> None:
+    h100 = target("h100")
+    for spec in {job.spec for job in extend_gpu.jobs() if job.every_tile}:
+        first, *others = extend_gpu.candidates(spec, h100)
+        assert first == default_schedule(spec, h100) and first not in others and len(others) >= 5
 
 
 def test_invariant_kernels_are_timed_beside_the_free_one(tmp_path, monkeypatch) -> None:

@@ -142,6 +142,11 @@ def test_a_belief_that_misleads_loses_its_say() -> None:
     assert right._fitted[-2] > wrong._fitted[-2] + 1.0
 
 
+def test_nothing_is_proposed_where_nothing_is_left() -> None:
+    times = {i: bowl(i) for i in range(4)}
+    assert proposals(times, 3, untried=[], running=[7]) == []
+
+
 def test_with_less_than_two_timings_it_draws() -> None:
     picks = proposals({0: 1.0}, 5)
     assert len(set(picks)) == 5 and 0 not in picks

@@ -165,6 +165,24 @@ def test_what_is_chosen_on_record_is_timed_beside_the_finalists(fakes, database,
     assert slow not in again.selection.variants
 
 
+def test_the_default_is_timed_beside_the_finalists_however_slow(fakes, database, cpu) -> None:
+    default = max(FINE, key=lambda s: functions.fake_time(s, SHORT) + functions.fake_time(s, LONG))
+    fakes.insert(0, fakes.pop(fakes.index(default)))  # the first of the space stands for the default
+    result = tune(SPEC, cpu, [SHORT, LONG], effort="max", database=database)
+    assert {r.workload for r in result.records if r.schedule == default} == {SHORT, LONG}
+    assert default not in result.selection.variants
+
+    fakes[0] = schedule(256, 8, "wrong")  # a default that fails the gate is no finalist
+    refused = tune(SPEC, cpu, [SHORT], effort="max", database=database)
+    assert all(r.schedule != fakes[0] for r in refused.records)
+
+
+def test_the_time_of_a_run_is_split_into_its_phases(fakes, database, cpu) -> None:
+    spent = tune(SPEC, cpu, [SHORT], effort="quick", database=database).spent
+    assert spent.gate_s > 0 and spent.time_s > 0 and spent.compile_s > 0
+    assert tune(SPEC, target("h100"), [SHORT], effort="quick", database=database).spent.gate_s == 0
+
+
 def test_the_search_is_told_what_a_neighbour_timed_and_tries_new_values(
     fakes, database, cpu, monkeypatch
 ) -> None:

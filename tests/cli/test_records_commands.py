@@ -29,7 +29,8 @@ from pagedgen.cli import batches
 from pagedgen.cli import verify as checking
 from pagedgen.cli.app import app
 from pagedgen.compiler.kernel_hash import kernel_hash
-from pagedgen.compiler.space import feasible
+from pagedgen.compiler.space import feasible, near_default
+from pagedgen.runtime.pack import read_manifest
 from pagedgen.values.record import Timing
 from pagedgen.values.spec import DType, KernelSpec, KInner, Op
 from pagedgen.values.target_table import cpu_target
@@ -75,6 +76,12 @@ def test_explain_prints_how_well_the_model_ranks(cache):
     ]
     assert f"{error.regret:.1%}" in run("explain", *options).stdout
 
+    # what another model predicted is on record, and not what this one is judged by
+    entry = Database().find(SPEC, H100.name, stamp_here(SPEC, H100)).entry
+    old = tuple(replace(r, predicted_us=1e6 / r.predicted_us) for r in entry.records)
+    Database().save(replace(entry, records=old))
+    assert json.loads(run("explain", *options, "--json").stdout)["rank_errors"] == data
+
 
 def test_predict_check(cache, monkeypatch):
     monkeypatch.setattr(calibration, "FITTED", 40)
@@ -114,7 +121,8 @@ def test_tune_with_a_study_and_plots_then_verify_its_records(cache, tmp_path, mo
 
 
 @pytest.mark.slow  # five commands that start workers: 50 s of CPU time
-def test_extend_is_tuned_built_inspected_and_checked(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("op", [Op.EXTEND, Op.VERIFY])
+def test_operators_with_queries_are_tuned_built_inspected_and_checked(cache, tmp_path, monkeypatch, op):
     pytest.importorskip("tvm")
     monkeypatch.setattr(tuner, "PLANS", {Effort.QUICK: Plan(2, 2, 120.0, (2,), 3, 1)})
     monkeypatch.setattr(tuner, "SIMPLER", 0)
@@ -122,18 +130,18 @@ def test_extend_is_tuned_built_inspected_and_checked(cache, tmp_path, monkeypatc
         monkeypatch.setattr(module, "bandwidth", functions.fake_bandwidth)
         monkeypatch.setattr(module, "matmul_tflops", functions.fake_matmul_tflops)
     spelled = ("1x8", "2x4of96")
-    monkeypatch.setattr(batches, "QUERIES", {(Op.EXTEND, "cpu"): spelled})
+    monkeypatch.setattr(batches, "QUERIES", {(op, "cpu"): spelled})
     tuned, pack, plots = tmp_path / "tuned.pack", tmp_path / "built.pack", tmp_path / "plots"
-    options = (*TINY, "--ops", "extend")
+    options = (*TINY, "--ops", op)
     data = json.loads(run("tune", *options, "--effort", "quick", "--out", tuned, "--json").stdout)
     assert [row["batch"] for row in data["called"]] == list(spelled)
     assert all(row["error"] <= row["allowed"] for row in data["called"])
     (result,) = data["results"]
-    assert result["name"] == "extend-h32-q2-kv1-b16-bf16-ktoken" and result["roofline_tflops"] == 50.0
+    assert result["name"] == f"{op}-h32-q2-kv1-b16-bf16-ktoken" and result["roofline_tflops"] == 50.0
     for row, text in zip(result["workloads"], spelled, strict=True):
-        batch = Workload.parse(text, Op.EXTEND)
+        batch = Workload.parse(text, op)
         assert (row["workload"], row["num_queries"], row["timing"]["rounds"]) == (text, 8, 3)
-        floor = batch.floor_us(replace(TINY_SPEC, op=Op.EXTEND), 20.0, 50.0)
+        floor = batch.floor_us(replace(TINY_SPEC, op=op), 20.0, 50.0)
         assert row["roofline_share"] == pytest.approx(floor / row["time_us"])
 
     run("build", *options, "--out", pack)
@@ -142,11 +150,43 @@ def test_extend_is_tuned_built_inspected_and_checked(cache, tmp_path, monkeypatc
     assert all(verdict["passed"] for verdict in kernel["gate"]["verdicts"])
     checked = json.loads(run_any("verify", "--records", "--cpu", "--json").stdout)["records"]
     assert [row["workload"] for row in checked] == list(spelled)
-    explained = run("explain", *TINY, "--op", "extend", "--workload", "2x4of96").stdout
-    assert "family tvm-extend, 2x4of96" in explained and "measured, " in explained
+    explained = run("explain", *TINY, "--op", op, "--workload", "2x4of96").stdout
+    assert f"family tvm-{op}, 2x4of96" in explained and "measured, " in explained
     pytest.importorskip("matplotlib")
     run("tune", *options, "--effort", "quick", "--plots", plots)
-    assert (plots / "extend-h32-q2-kv1-b16-bf16-ktoken.cpu.roofline.png").stat().st_size > 5000
+    assert (plots / f"{op}-h32-q2-kv1-b16-bf16-ktoken.cpu.roofline.png").stat().st_size > 5000
+
+
+def test_a_gpus_records_are_what_is_packed_and_dispatched(cache, tmp_path):
+    """Records of extend and verify, as an H100 leaves them: `build`, `inspect` and `explain` read them, and
+    a call finds the kernel that was the fastest on the batch most like it."""
+    shape = ("--head-dim", "64", "--num-q-heads", "8", "--num-kv-heads", "2", "--q-dtype", "bf16")
+    pack, chosen = tmp_path / "built.pack", {}
+    for op in (Op.EXTEND, Op.VERIFY):
+        spec = KernelSpec(op, 64, 8, 2, 16, DType.BF16, DType.BF16)
+        few, many = (Workload.parse(text, op) for text in ("1x8of8192", "64x8of4096"))
+        stamp, pair, rows = stamp_here(spec, H100), near_default(spec, H100, 2), []
+        for schedule, times in zip(pair, ((20.0, 400.0), (30.0, 300.0)), strict=True):
+            for batch, us in zip((few, many), times, strict=True):
+                one = replace(modelled(SPEC, BATCH)[0], spec=spec, workload=batch, schedule=schedule)
+                kernel = kernel_hash(spec, H100, schedule)
+                rows.append(replace(one, stamp=stamp, kernel=kernel, timing=Timing(us, us, us, 15)))
+        picks = select({s: {r.workload: r.time_us for r in rows if r.schedule == s} for s in pair})
+        assert [picks.pick_for(batch) for batch in (few, many)] == list(pair)
+        Database().save(Entry(spec, H100.name, tuple(rows), picks))
+        chosen[op] = picks
+    run("build", "--gpu", "h100", *shape, "--ops", "extend,verify", "--out", pack)
+    manifest = read_manifest(pack)
+    for part in manifest.kernels:
+        assert part.variants == chosen[part.spec.op].variants
+        assert part.dispatch == chosen[part.spec.op].dispatch
+    found = json.loads(run("inspect", pack, "--json").stdout)["kernels"]
+    assert {kernel["schedules"] for kernel in found} == {"measured"} and len(found) == 2
+    said = json.loads(run("explain", "--gpu", "h100", *shape, "--op", "verify", "--json").stdout)
+    assert {row["workload"] for row in said["rank_errors"]} <= {"1x8of8192", "64x8of4096"}
+    source = run("generate", "--gpu", "h100", *shape, "--op", "verify").stdout
+    assert chosen[Op.VERIFY].variants[0].name in source
+    assert "on such a device alone" in run("verify", "--records", "--gpu", "h100", code=1).stderr
 
 
 def test_operators_without_batches_are_not_tuned(cache):

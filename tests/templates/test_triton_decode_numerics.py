@@ -70,6 +70,34 @@ CASES = {
         {"heads": (2, 1), "head_dim": 32, "attention_chunk": 200, "window": 90, "sinks": True},
         {"tile": 16, "split": "even"},
     ),
+    "turned": ({"heads": (4, 1), "head_dim": 64}, {"rows": 8, "tile": 64}),
+    "turned-h80-lse-one-warp": (
+        {"heads": (5, 1), "head_dim": 80, "block_size": 8, "lse": True},
+        {"rows": 8, "tile": 32, "sums": "dot", "num_warps": 1},
+    ),
+    "turned-walk-token-slots": (
+        {"heads": (7, 1), "head_dim": 96, "block_size": 1, "sinks": True, "window": 300},
+        {"rows": 8, "tile": 32, "split": "walk", "columns": "whole"},
+    ),
+    "turned-soft-cap-sinks-e4m3": (
+        {
+            "heads": (4, 2),
+            "head_dim": 64,
+            "kv": "fp8_e4m3",
+            "scale": "head",
+            "logits_soft_cap": 30.0,
+            "sinks": True,
+            "lse": True,
+        },
+        {"rows": 8, "fp8_decode": "plain", "sums": "dot", "num_warps": 2},
+    ),
+    "turned-even-chunk-alibi-e4m3-h64-of-v80": (
+        {
+            "heads": (8, 1), "head_dim": 64, "head_dim_v": 80, "kv": "fp8_e4m3", "attention_chunk": 130,
+            "alibi": True,
+        },
+        {"rows": 8, "tile": 32, "fp8_decode": "plain", "split": "even", "num_warps": 1},
+    ),
     "e5m2": ({"heads": (2, 1), "head_dim": 64, "block_size": 32, "kv": "fp8_e5m2"}, {"fp8_decode": "plain"}),
     "e4m3-block48": (
         {"heads": (4, 1), "head_dim": 72, "block_size": 48, "kv": "fp8_e4m3"},

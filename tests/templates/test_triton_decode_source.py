@@ -1,4 +1,4 @@
-"""The rendered Triton source: pinned for six kernels, specialised, and compiled for named architectures."""
+"""The rendered Triton source: pinned for eight kernels, specialised, and compiled for named architectures."""
 
 from __future__ import annotations
 
@@ -61,6 +61,11 @@ GOLDENS = {
         {"kv": "fp8_e4m3", "scale": "tensor", "lse": True, "window": 4096},
         "h100",
         {"split": "cluster", "tile": 128, "waves": 1, "fp8_decode": "cvt", "sums": "dot", "pdl": 1},
+    ),
+    "triton-mistral-f16-e4m3-turned": (
+        {"kv": "fp8_e4m3", "scale": "tensor", "window": 4096},
+        "h100",
+        {"rows": 8, "tile": 32, "num_warps": 1, "fp8_decode": "cvt", "sums": "dot"},
     ),
     "triton-token-slots-bf16": ({"q": "bf16", "block_size": 1}, "h100", {"tile": 128, "pdl": 1}),
 }
@@ -183,6 +188,35 @@ def test_programs_of_a_cluster_are_sent_results_once(make_spec, h100, kv):
     # of rows of 128 bytes four warps copy 16 at once: with 16 tokens each, a warp's lie in the same banks
     assert {s["tile"] for s in found if s["num_warps"] == 4} == ({128} if kv == "fp8_e4m3" else {64, 128})
     assert {s["waves"] for s in found} == {s["merge"] // 32 for s in found} == {1}
+
+
+@pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
+def test_heads_that_are_columns_take_half_the_products_and_fewer_registers(make_spec, h100, kv):
+    decode = {"fp8_decode": "cvt", "sums": "dot"} if kv != "f16" else {}
+    found = {}
+    for rows in (16, 8):
+        chosen = schedule(make_spec(kv=kv), rows=rows, tile=32, num_warps=1, **decode)
+        found[rows] = compile_triton(render(make_spec(kv=kv), h100, chosen))
+    products = {rows: each.file("kernel.ptx").count(b"mma.sync") for rows, each in found.items()}
+    assert products[8] <= 0.52 * products[16]
+    assert found[8].resources.registers <= found[16].resources.registers - 24
+    assert found[8].resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("head_dim", [32, 80, 128, 256])
+@pytest.mark.parametrize("kv", ["f16", "fp8_e4m3"])
+def test_heads_are_columns_where_eight_are_enough_and_warps_share_the_rows(
+    make_spec, h100, a100, head_dim, kv
+):
+    spec = make_spec(head_dim=head_dim, kv=kv)
+    for gpu in (h100, a100):
+        turned = [s for s in feasible(spec, gpu) if s["rows"] == 8]
+        assert turned
+        for s in (s for s in turned if s["split"] != "cluster"):
+            loads = loads_of(spec, s.int("num_warps"), 8, whole=s["columns"] == "whole")
+            assert all(load.width >= 16 * s.int("num_warps") for load in loads)
+    assert {s["rows"] for s in feasible(make_spec(heads=(9, 1)), h100)} == {16}
+    assert {f.name: f.values for f in TritonDecode().fields(spec, target("mi300x"))}["rows"] == (16,)
 
 
 @pytest.mark.parametrize(

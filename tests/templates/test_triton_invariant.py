@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow  # in every run the fuzzer interprets kernels of t
 CASES = {
     "decode-lse-sinks": ({"heads": (2, 1), "lse": True, "sinks": True}, {}, 200),
     "decode-window": ({"heads": (2, 1), "window": 100, "block_size": 8}, {"max_parts": 2}, 20),
+    "decode-turned-alibi": ({"heads": (2, 1), "alibi": True}, {"rows": 8, "sums": "dot"}, 20),
     "extend": ({"op": "extend", "heads": (3, 1), "lse": True}, {}, 200),
     "extend-chunks-window": (
         {"op": "extend", "heads": (2, 1), "window": 20, "attention_chunk": 24, "alibi": True},
