@@ -48,18 +48,12 @@ class Axis:
                 )
         return cls(name, CategoricalDistribution(distinct), {v: v for v in distinct})
 
-    def position(self, code: int | str) -> float:
-        """A coordinate in [0, 1]; categories sit a full length apart from each other."""
+    def columns(self, codes: Sequence[int | str]) -> list[list[float]]:
+        """Codes as numbers in [0, 1]: one column, or one for each category, a full length apart."""
         if isinstance(self.distribution, IntDistribution):
             low, high = int(self.distribution.low), int(self.distribution.high)
-            return (int(code) - low) / (high - low)
-        return float(list(self.codes.values()).index(code))
-
-    def distance(self, a: int | str, b: int | str) -> float:
-        """0 for equal codes, at most 1."""
-        if isinstance(self.distribution, IntDistribution):
-            return abs(self.position(a) - self.position(b))
-        return float(a != b)
+            return [[(int(code) - low) / (high - low) for code in codes]]
+        return [[float(code == value) / 2 for code in codes] for value in self.codes.values()]
 
 
 class Grid:
@@ -90,10 +84,6 @@ class Grid:
         """Parameters as a key of ``schedules``."""
         return tuple(params[axis.name] for axis in self.axes)
 
-    def distance(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-        """Sum over the axes of the distance in each."""
-        return sum(axis.distance(a[axis.name], b[axis.name]) for axis in self.axes)
-
     def features(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """[schedules, columns] in the order of ``schedules``, and the axis that each column belongs to.
 
@@ -102,13 +92,8 @@ class Grid:
         columns: list[list[float]] = []
         owners: list[int] = []
         for i, axis in enumerate(self.axes):
-            codes = [axis.codes[s[axis.name]] for s in self.schedules.values()]
-            if isinstance(axis.distribution, IntDistribution):
-                columns.append([axis.position(code) for code in codes])
-                owners.append(i)
-                continue
-            for value in axis.codes.values():
-                columns.append([float(code == value) / 2 for code in codes])
-                owners.append(i)
+            made = axis.columns([axis.codes[s[axis.name]] for s in self.schedules.values()])
+            columns += made
+            owners += [i] * len(made)
         matrix = np.array(columns).T if columns else np.zeros((len(self.schedules), 0))
         return matrix, np.array(owners, dtype=np.int64)

@@ -49,6 +49,8 @@ def race(
     samples: dict[W, dict[T, list[float]]] = {w: {c: [] for c in candidates} for w in workloads}
     alive, racing = list(candidates), list(candidates)
     for rung, rounds in enumerate(rungs):
+        if rung:
+            racing = _better_half(racing, workloads, samples, always)
         for workload in workloads:
             timed = sample(workload, tuple(racing), rounds)
             for candidate in racing:
@@ -58,10 +60,8 @@ def race(
                 else:
                     samples[workload][candidate] += times
             racing = [c for c in racing if c in alive]
-            if not racing:
-                return {}
-        if rung + 1 < len(rungs):
-            racing = _better_half(racing, workloads, samples, always)
+            if not racing:  # who left in earlier rungs is all there is
+                return _timings(alive, workloads, samples)
     return _timings(alive, workloads, samples)
 
 

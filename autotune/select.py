@@ -101,7 +101,7 @@ def select(
     """
     schedules = tuple(times)
     workloads = tuple(next(iter(times.values()), ()))
-    _check(times, schedules, workloads)
+    _check(times, workloads)
     best = {w: min(times[s][w] for s in schedules) for w in workloads}
     if kernel_of is not None:
         schedules = _of_one_kernel(times, best, kernel_of)
@@ -135,14 +135,10 @@ def _of_one_kernel(
     )
 
 
-def _check(
-    times: Mapping[Schedule, Mapping[Workload, float]],
-    schedules: tuple[Schedule, ...],
-    workloads: tuple[Workload, ...],
-) -> None:
-    if not schedules or not workloads:
+def _check(times: Mapping[Schedule, Mapping[Workload, float]], workloads: tuple[Workload, ...]) -> None:
+    if not workloads:  # nor is there a schedule without one
         raise InvalidValue("times", dict(times), "at least one schedule and one workload are expected")
-    for schedule in schedules:
+    for schedule in times:
         if set(times[schedule]) != set(workloads):
             raise InvalidValue("times", schedule.name, "every schedule is timed on every workload")
         for workload, time in times[schedule].items():

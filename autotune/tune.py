@@ -97,8 +97,9 @@ class Plan:
 
 
 PLANS: Mapping[Effort, Plan] = {
-    Effort.QUICK: Plan(96, 12, 120.0, (3, 4, 6), 15, 8),
-    Effort.STANDARD: Plan(120, 12, 900.0, (3, 4, 6, 10), 31, 8),
+    # After 96 schedules on an H100 what FP8 had found was 2.8% behind what 480 found, after 160 1.4%.
+    Effort.QUICK: Plan(176, 16, 120.0, (3, 4, 6), 15, 8),
+    Effort.STANDARD: Plan(240, 16, 900.0, (3, 4, 6, 10), 31, 8),
     Effort.MAX: Plan(480, 16, 3600.0, (5, 6, 10, 16), 51, 12),
 }
 
@@ -467,12 +468,16 @@ class _Run:
                 yield Outcome(schedule, geometric_mean([r.time_us for r in found]), records=found)
 
     def _start(self, ranked: Mapping[Schedule, float]) -> list[Schedule]:
-        """Tried first: the default and its neighbours, what won before, the model's favourites, and what won
-        with each value that none of these has, nor any schedule on record."""
+        """Tried first: the default and its neighbours, what won before, the model's favourites, and what won,
+        or the default where nothing did, with each value that none of these has, nor any schedule on record.
+
+        From scratch, 480 trials on an H100 had not one of the 108 schedules of a cluster (of 10,524), the
+        fastest by far where sequences are few: a rare value of a field is not found by likeness.
+        """
         won = guesses(self.database, self.spec, self.target, self.space)
         start = [*near_default(self.spec, self.target, NEAREST), *won, *list(ranked)[:FAVOURITES]]
         seen = [*start, *(outcome.schedule for outcome in self.known)]
-        start += untried_values(won, seen, self.space, UNTRIED)
+        start += untried_values(won or start[:1], seen, self.space, UNTRIED)
         return list(dict.fromkeys(start))
 
     def _ranked(self) -> dict[Schedule, float]:

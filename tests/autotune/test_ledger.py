@@ -32,7 +32,7 @@ from pagedgen.values.schedule import Schedule
 HERE = Path(__file__).parent
 SPACE = tuple(Schedule.of("t", tile=2**t, mode=m) for t in range(4, 8) for m in "abc")
 GRID = Grid(SPACE)
-TRIALS = 96  # as many as `quick` tries
+TRIALS = 96  # of 170 that were recorded
 FORK = multiprocessing.get_context("fork")  # fresh interpreters would import torch for seconds each
 
 

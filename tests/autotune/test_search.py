@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pagedgen.autotune.grid import Axis, Grid
+from pagedgen.autotune import search as module
+from pagedgen.autotune.grid import Grid
+from pagedgen.autotune.ledger import Ledger, Place
 from pagedgen.autotune.outcome import Outcome
 from pagedgen.autotune.search import Found, Stop, search
 from pagedgen.errors import InvalidValue
@@ -116,9 +120,9 @@ def test_the_start_comes_first_and_once() -> None:
     times = table()
     start = sorted(times)[100:105]
     replay = Replay(times)
-    search(tuple(times), replay, trials=12, batch=4, start=(*start, start[0]))
+    search(tuple(times), replay, trials=13, batch=4, start=(*start, start[0]))
     assert replay.asked[:5] == start
-    assert replay.batches == [4, 4, 4]
+    assert replay.batches == [4, 4, 4, 1]
 
 
 def test_it_stops_at_the_roofline() -> None:
@@ -141,6 +145,33 @@ def test_it_stops_at_the_deadline_between_batches() -> None:
     assert replay.batches == [8] * 6  # the first batch asks for no time
 
 
+def test_out_of_time_it_waits_for_what_others_are_timing(tmp_path: Path, monkeypatch) -> None:
+    space = tuple(Schedule.of("t", tile=t, mode=m) for t in (16, 32, 64) for m in "ab")
+    place = Place(str(tmp_path / "study.log"), "s")
+    with Ledger(Grid(space), place) as ours, Ledger(Grid(space), place) as theirs:
+        theirs.claim(space[:2])
+        slept = []
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            theirs.tell(Outcome(space[len(slept) - 1], 2.0))
+
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
+        known = [Outcome(space[5], 9.0)]
+        found = search(
+            space,
+            lambda batch: [],
+            trials=9,
+            batch=2,
+            known=known,
+            deadline=1.0,
+            clock=lambda: 1.0,
+            ledger=ours,
+        )
+    assert found.stop is Stop.BUDGET and slept == [module.POLL_S] * 2
+    assert {o.schedule for o in found.outcomes} == {*space[:2], space[5]}
+
+
 def test_a_small_space_is_tried_whole() -> None:
     space = tuple(Schedule.of("t", tile=t, mode=m) for t in (16, 32, 64) for m in "ab")
     replay = Replay({s: 1.0 + i for i, s in enumerate(space)})
@@ -161,23 +192,6 @@ def test_when_nothing_works_nothing_is_best() -> None:
     assert found.best is None and found.stop is Stop.EXHAUSTED
 
 
-def test_powers_of_two_are_exponents() -> None:
-    axis = Axis.of("tile", (64, 16, 256))
-    assert axis.codes == {16: 4, 64: 6, 256: 8}
-    assert Axis.of("num_stages", (1, 2, 3)).codes == {1: 1, 2: 2, 3: 3}
-    assert Axis.of("heads", (1, 5, 7)).codes == {1: 1, 5: 5, 7: 7}
-    assert axis.distance(4, 8) == 1.0 and axis.distance(4, 6) == 0.5
-    policy = Axis.of("policy", ("even", "list", "tree"))
-    assert policy.distance("even", "tree") == policy.distance("even", "list") == 1.0
-
-
-def test_every_schedule_survives_the_grid() -> None:
-    times = table()
-    grid = Grid(tuple(times))
-    assert set(grid.schedules.values()) == set(times)
-    assert all(grid.schedules[grid.key(grid.params(s))] == s for s in times)
-
-
 def test_misuse_is_named() -> None:
     space = (Schedule.of("t", tile=16), Schedule.of("t", tile=32))
     replay = Replay(dict.fromkeys(space, 1.0))
@@ -185,12 +199,14 @@ def test_misuse_is_named() -> None:
         search((), replay, trials=1, batch=1)
     with pytest.raises(InvalidValue, match="trials"):
         search(space, replay, trials=0, batch=1)
+    with pytest.raises(InvalidValue, match="trials"):
+        search(space, replay, trials=1, batch=0)
+    with pytest.raises(InvalidValue, match="schedule of the space"):
+        search(space, replay, trials=1, batch=1, ledger=Ledger(Grid(space[:1])))
     with pytest.raises(InvalidValue, match="schedule of the space"):
         search(space, replay, trials=1, batch=1, start=(Schedule.of("t", tile=64),))
     with pytest.raises(InvalidValue, match="one outcome for each"):
         search(space, lambda batch: [], trials=2, batch=2)
-    with pytest.raises(InvalidValue, match="one template"):
-        Grid((Schedule.of("t", tile=16), Schedule.of("u", tile=16)))
     with pytest.raises(InvalidValue, match="says why"):
         Outcome(space[0], None)
     with pytest.raises(InvalidValue, match="positive time"):

@@ -176,18 +176,43 @@ def test_one_kernel_for_all_is_the_best_mean_of_each_s_own_best() -> None:
     assert chosen.variants == (schedule(31),) and len(chosen.dispatch) == 1
 
 
+def rows(*rows: tuple[float, ...]) -> Matrix:
+    """A schedule a row, a batch a column."""
+    batches = [Workload.uniform(1, 16 << i) for i in range(len(rows[0]))]
+    return {schedule(i): dict(zip(batches, row, strict=True)) for i, row in enumerate(rows)}
+
+
+def test_of_two_that_will_do_the_least_mean_regret() -> None:
+    times = rows(
+        (1.0, 1.5, 2.0), (1.5, 1.015, 1.0), (3.0, 1.0, 1.0)
+    )  # the last is bad, but not where it is used
+    assert set(select(times).variants) == {schedule(0), schedule(2)}
+
+
+def test_the_kernel_of_most_batches_is_the_first() -> None:
+    chosen = select(rows((1.0, 2.0, 2.0), (2.0, 1.0, 1.0)))
+    assert chosen.variants == (schedule(1), schedule(0))
+    assert chosen.pick(1, 16) == schedule(0) and chosen.pick(1, 64) == schedule(1)
+
+
 def test_the_greedy_cover_takes_over_on_large_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagedgen.autotune.select.EXHAUSTIVE", 0)
-    workloads = [Workload.uniform(1, 2**i) for i in range(4, 12)]
-    times = {schedule(s): {w: 1.0 if s == i else 2.0 for i, w in enumerate(workloads)} for s in range(8)}
-    chosen = select(times)
-    assert len(chosen.variants) == 8 and chosen.worst_regret == 0.0
+    halves = ((1.01,) * 3 + (2.0,) * 3, (2.0,) * 3 + (1.01,) * 3)
+    middle, useless = (1.0, 1.0, 2.0, 2.0, 1.0, 1.0), (2.0,) * 6
+    times = rows(*halves, middle, useless)
+    assert set(select(times).variants) == {schedule(0), schedule(1)}
+    monkeypatch.setattr("pagedgen.autotune.select.EXHAUSTIVE", 3)  # one of three, two of three: all are tried
+    assert set(select(times).variants) == {schedule(0), schedule(1)}
+    monkeypatch.setattr("pagedgen.autotune.select.EXHAUSTIVE", 2)
+    # begins with what covers the most
+    assert set(select(times).variants) == {schedule(0), schedule(1), schedule(2)}
 
 
 def test_bad_matrices_are_refused() -> None:
     w = Workload.uniform(1, 16)
     with pytest.raises(InvalidValue, match="at least one schedule"):
         select({})
+    with pytest.raises(InvalidValue, match="at least one schedule"):
+        select({schedule(0): {}})
     with pytest.raises(InvalidValue, match="every schedule is timed"):
         select({schedule(0): {w: 1.0}, schedule(1): {}})
     for time in (0.0, -1.0, float("nan"), float("inf")):
@@ -200,3 +225,18 @@ def test_a_table_that_does_not_cover_everything_is_refused() -> None:
         Selection(Status.MEASURED, (schedule(0),), (Rule(8, 4096, 0),), 0.0)
     with pytest.raises(InvalidValue, match="variant"):
         Selection(Status.MEASURED, (schedule(0),), (Rule(ANY, ANY, 1),), 0.0)
+    with pytest.raises(InvalidValue, match="variant"):
+        Selection(Status.MEASURED, (schedule(0),), (Rule(8, 4096, -1), Rule(ANY, ANY, 0)), 0.0)
+    with pytest.raises(InvalidValue, match="covers everything"):
+        Selection(Status.MEASURED, (schedule(0),), (), 0.0)
+    with pytest.raises(InvalidValue, match="at least one"):
+        Selection(Status.MEASURED, (), (Rule(ANY, ANY, 0),), 0.0)
+    with pytest.raises(InvalidValue, match="no row covers"):
+        lookup((Rule(8, 4096, 0),), 9, 1)
+
+
+def test_an_expected_regret_is_a_predictions() -> None:
+    table = (Rule(ANY, ANY, 0),)
+    assert Selection(Status.PREDICTED, (schedule(0),), table, 0.0, 0.09).expected_regret == 0.09
+    with pytest.raises(InvalidValue, match="expected_regret"):
+        Selection(Status.MEASURED, (schedule(0),), table, 0.0, 0.09)

@@ -18,10 +18,10 @@ from pagedgen.autotune import calibration, gating
 from pagedgen.autotune import tune as module
 from pagedgen.autotune.binaries import BinaryCache
 from pagedgen.autotune.database import Database, Fit
-from pagedgen.autotune.events import Event, Started, Tried, Warned
+from pagedgen.autotune.events import Event, Started, Step, Tried, Warned
 from pagedgen.autotune.search import Stop, search
 from pagedgen.autotune.select import ANY
-from pagedgen.autotune.tune import Effort, Plan, Workshop, regimes, spread, tune
+from pagedgen.autotune.tune import Effort, Plan, Workshop, pruned, regimes, spread, tune
 from pagedgen.errors import CacheUnwritable, DeviceLost, InvalidValue, NoCandidate
 from pagedgen.values.manifest import Rule
 from pagedgen.values.record import Status
@@ -30,6 +30,8 @@ from pagedgen.values.spec import DType, KernelSpec, KInner, KVScale, Op
 from pagedgen.values.target import Target
 from pagedgen.values.target_table import target
 from pagedgen.values.workload import Workload
+
+PHASES = ("compile", "gate", "time", "retime")
 
 
 @pytest.fixture
@@ -73,6 +75,37 @@ def test_it_finds_each_workloads_best_and_records_it(fakes, database, cpu) -> No
     assert isinstance(started, Started) and started.space == started.trials == len(FINE)
     assert tried[-1].done == len(FINE) and sum(len(e.outcomes) for e in tried) == len(FINE)
     assert all(a.best_us >= b.best_us for a, b in itertools.pairwise(tried))
+    steps = {phase: [e for e in events if isinstance(e, Step) and e.phase == phase] for phase in PHASES}
+    assert all(0 < e.done <= e.total for made in steps.values() for e in made)
+    assert {e.total for e in steps["time"]} == {4} and steps["time"][3].done == 4  # two rungs, two batches
+    assert [(e.done, e.total) for e in steps["retime"]] == [(1, 2), (2, 2)]
+    with pytest.raises(InvalidValue, match="a workload of this run"):
+        result.chosen(Workload.uniform(3, 3))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_batches_and_workers_are_put_on_one_clock(
+    fakes, database, cpu, tmp_path, monkeypatch, shared: bool
+) -> None:
+    monkeypatch.setitem(module.PLANS, Effort.MAX, Plan(160, 8, 60.0, (2, 2), 3, 1))
+    bad = schedule(16, 4, "refused")
+    fakes[:] = [schedule(16, 4), bad, *(s for s in fakes if s != schedule(16, 4))]  # tried in this order
+    options = {"database": database, "effort": "max"}
+    options |= {"storage": str(tmp_path / "study.log")} if shared else {}
+    workloads = [SHORT, LONG, Workload.uniform(1, 8192)]
+    tune(SPEC, cpu, workloads, budget_s=1e-6, **options)  # one batch, with the best for SHORT
+    monkeypatch.setattr(module, "measure", functions.drifting_measure)
+    if shared:  # another worker goes on from the study alone
+        options["database"] = Database(tmp_path / "other", tmp_path / "shipped", fake_kernel)
+    result = tune(SPEC, cpu, workloads, **options)
+    assert {o.schedule for o in result.outcomes} == {bad, *FINE}
+    for outcome in result.outcomes:
+        if outcome.schedule == bad:
+            continue
+        times = [functions.fake_time(outcome.schedule, w) for w in workloads]
+        assert outcome.time_us == pytest.approx(module.geometric_mean(times))
+    assert result.selection.pick_for(SHORT) == schedule(16, 4)  # a finalist, whoever timed it
+    assert result.selection.pick_for(LONG) == schedule(64, 4)
 
 
 def test_batches_of_extend_are_known_by_their_queries(fakes, database, cpu, monkeypatch) -> None:
@@ -96,7 +129,7 @@ def test_batches_of_extend_are_known_by_their_queries(fakes, database, cpu, monk
         tune(replace(extend, op=Op.WRITE_KV, num_q_heads=2), cpu, [chunk], database=database)
 
 
-def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, database, cpu) -> None:
+def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, database, cpu, monkeypatch) -> None:
     first = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
     assert first.counts.known == 0 and 8 <= first.counts.compiled <= 12  # and simpler variants of the winner
     found = database.find(SPEC, "cpu", first.records[0].stamp)
@@ -105,11 +138,19 @@ def test_records_are_found_again_and_the_search_goes_on_from_them(fakes, databas
     again = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
     assert again.counts.known >= 8  # nothing new to try: the finalists alone are timed again
     assert again.counts.compiled <= 6
+    gone = again.records[0].schedule
+    fakes.remove(gone)  # not legal any more: what is on record of it is neither known nor chosen
+    less = tune(SPEC, cpu, [SHORT, LONG], effort="quick", database=database)
+    assert less.counts.known >= 7 and gone not in {r.schedule for r in less.records}
+    fakes.append(gone)
     events: list[Event] = []
     further = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=database, progress=events.append)
     new = [o.schedule for e in events if isinstance(e, Tried) for o in e.outcomes]
     assert len(new) == len(set(new)) == 20 - further.counts.known > 0
     assert not set(new) & {r.schedule for r in found.entry.records}
+    monkeypatch.setattr(module, "compiler_version", lambda kind: "another")  # by which nothing is known
+    tune(SPEC, cpu, [SHORT], effort="quick", budget_s=1e-6, database=database, progress=events.append)
+    assert [e.known for e in events if isinstance(e, Started)] == [further.counts.known, 0]
 
 
 def test_what_is_chosen_on_record_is_timed_beside_the_finalists(fakes, database, cpu) -> None:
@@ -183,9 +224,11 @@ def test_whatever_goes_wrong_costs_one_candidate(fakes, database, cpu) -> None:
 
 def test_nothing_left_is_said_with_numbers(fakes, database, cpu) -> None:
     fakes[:] = [schedule(8, 1, "wrong"), schedule(8, 1, "refused"), schedule(8, 1, "spills")]
-    with pytest.raises(NoCandidate, match="2 at compile") as caught:
+    with pytest.raises(
+        NoCandidate, match=r"left \((2 at compile, 1 at gate|1 at gate, 2 at compile); "
+    ) as caught:
         tune(SPEC, cpu, [SHORT], effort="quick", database=database)
-    assert "1 at gate" in str(caught.value)
+    assert "; the last: " in str(caught.value)
     assert not database.user.exists()
 
 
@@ -226,11 +269,15 @@ def test_a_disk_that_fills_up_under_candidates_ends_the_run_with_its_name(
     assert result.counts.known == 5 and {o.schedule for o in result.outcomes} == set(FINE)
 
 
-def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
+def test_an_absent_device_gives_predictions_only(fakes, database, monkeypatch) -> None:
     fakes[:] = [*FINE, schedule(64, 4, "spills")]
     h100 = replace(target("h100"), name="h100-made-up")
-    result = tune(SPEC, h100, [SHORT, LONG], effort="max", database=database)
+    events: list[Event] = []
+    result = tune(SPEC, h100, [SHORT, LONG], effort="max", database=database, progress=events.append)
     assert result.status is Status.PREDICTED and result.roofline_gbs == 0
+    tried = [e for e in events if isinstance(e, Tried)]
+    assert tried[-1].done == sum(len(e.outcomes) for e in tried) == 7
+    assert tried[-1].best_us == min(o.time_us for e in tried for o in e.outcomes if o.time_us is not None)
     assert all(
         r.status is Status.PREDICTED and r.timing is None and r.verdict is None for r in result.records
     )
@@ -240,6 +287,16 @@ def test_an_absent_device_gives_predictions_only(fakes, database) -> None:
     assert [r.reason for r in result.counts.rejected] == ["spills 64 B a thread"]
     assert result.selection.status is Status.PREDICTED
     assert result.selection.expected_regret == calibration.REGRET_OTHER
+    fakes[:] = [schedule(64, 4, "spills"), *FINE]  # its first candidate spills, and there is no time
+    cut = tune(SPEC, h100, [SHORT, LONG], effort="max", budget_s=1e-6, database=database)
+    assert cut.stop is Stop.BUDGET and 0 < len({r.schedule for r in cut.records}) < 6
+    fakes[:] = [*(schedule(64, 4, mood) for mood in ("spills", "refused")), *FINE]
+    monkeypatch.setitem(module.PLANS, Effort.MAX, Plan(3, 8, 60.0, (2,), 3, 3))  # two of three do not compile
+    few = tune(SPEC, h100, [SHORT, LONG], effort="max", database=database)
+    assert few.stop is Stop.TRIALS and len(few.selection.variants) == 1
+    fakes[:] = [schedule(64, 4, "spills")]
+    with pytest.raises(NoCandidate, match=r"left \(1 at compile; the last: spills 64 B a thread\)"):
+        tune(SPEC, h100, [SHORT, LONG], effort="max", database=database)
 
 
 def test_a_device_that_is_lost_ends_the_run_and_nobody_is_charged(fakes, database, cpu, monkeypatch) -> None:
@@ -256,16 +313,19 @@ def test_a_device_that_is_lost_ends_the_run_and_nobody_is_charged(fakes, databas
     assert result.selection.pick(2, 4096) == schedule(64, 4)
 
 
-def test_runs_of_one_study_share_it_and_read_one_result(fakes, database, cpu, tmp_path) -> None:
+def test_runs_of_one_study_share_it_and_read_one_result(fakes, database, cpu, tmp_path, monkeypatch) -> None:
     storage = str(tmp_path / "study.log")
     events: list[Event] = []
     options = {"effort": "standard", "database": database, "storage": storage}
+    monkeypatch.setitem(module.PLANS, Effort.STANDARD, Plan(40, 5, 60.0, (2, 2), 3, 6))
     first = tune(SPEC, cpu, [SHORT, LONG], **options, progress=events.append)
     batches = [len(e.outcomes) for e in events if isinstance(e, Tried)]
-    assert batches == [1] * 20, "a worker that is killed costs at most 5% of the trials"
+    assert batches == [2] * 10, "a worker that is killed costs at most 5% of the trials"
     # another host, with records of its own
     elsewhere = Database(tmp_path / "other", tmp_path / "shipped", fake_kernel)
+    monkeypatch.setattr(module, "bandwidth", functions.other_bandwidth)
     second = tune(SPEC, cpu, [SHORT, LONG], effort="standard", database=elsewhere, storage=storage)
+    assert first.roofline_gbs == second.roofline_gbs == 20.0  # of those who timed the finalists
     assert second.counts.compiled == second.counts.timed == 0
     assert second.selection == first.selection and second.records == first.records
     here, there = (d.find(SPEC, "cpu", first.records[0].stamp).entry for d in (database, elsewhere))
@@ -283,6 +343,23 @@ def test_bad_input_is_named(fakes, database, cpu) -> None:
     ):
         with pytest.raises(InvalidValue, match=field):
             tune(SPEC, cpu, **{"workloads": [SHORT], "database": database, **arguments})
+
+
+def test_the_better_half_is_kept_and_a_tenth_of_the_rest() -> None:
+    ranked = {schedule(8, i): float(i) for i in range(1, 41)}
+    order = list(ranked)
+    for trials, cut, audited in ((5, 20, 2), (30, 30, 1), (50, 40, 0)):
+        kept = pruned(ranked, trials, "spec")
+        assert list(kept[:cut]) == order[:cut]
+        assert len(kept) == len(set(kept)) == cut + audited and set(kept) <= set(order)
+
+
+def test_a_gpu_times_candidates_on_up_to_eight_batches(fakes, database, cpu) -> None:
+    batches = tuple(Workload.uniform(1, 2**i) for i in range(10))
+    for where, count in ((target("h100"), 8), (cpu, 3)):
+        plan = module.PLANS[Effort.QUICK]
+        run = module._Run(SPEC, where, batches, plan, 0, database, lambda e: None, True, None, None)
+        assert run.searched == regimes(batches, count) and len(run.searched) == count
 
 
 def test_spread_keeps_the_ends() -> None:
@@ -347,3 +424,11 @@ def test_the_defaults_neighbours_are_tried_at_once(fakes, database, cpu) -> None
     tune(SPEC, cpu, [LONG], effort="quick", database=database, progress=events.append)
     first = next(e for e in events if isinstance(e, Tried))
     assert {*fakes[:3]} < {o.schedule for o in first.outcomes}
+
+
+def test_from_scratch_each_value_is_tried_beside_the_defaults(fakes, database, cpu, monkeypatch) -> None:
+    monkeypatch.setitem(module.PLANS, Effort.QUICK, Plan(11, 11, 60.0, (2,), 3, 4))
+    fakes += [schedule(tile, 4, "new") for tile in (128, 8)]
+    result = tune(SPEC, cpu, [LONG], effort="quick", database=database)
+    values = {schedule(8, 4, "new"), *(schedule(tile, 1) for tile in (16, 32, 128))}  # nothing else has them
+    assert {o.schedule for o in result.outcomes} >= {*fakes[:3], schedule(64, 4), *values}

@@ -133,8 +133,32 @@ def fake_measure(
     return Samples(times, failed)
 
 
+_libraries: list[Path] = []
+
+
+def drifting_measure(
+    library: Path,
+    spec: KernelSpec,
+    workload: Workload,
+    variants: Sequence[Verified],
+    rounds: int,
+    device: str,
+    seed: int = 0,
+) -> Samples:
+    """As `fake_measure`, on a clock that takes half as long again from library to library."""
+    if library not in _libraries:
+        _libraries.append(library)
+    scale = 1.5 ** len(_libraries)
+    sampled = fake_measure(library, spec, workload, variants, rounds, device, seed)
+    return Samples({v: tuple(scale * t for t in times) for v, times in sampled.times.items()}, sampled.failed)
+
+
 def fake_bandwidth(spec: KernelSpec, device: str) -> Bandwidth:
     return Bandwidth(20.0, 40.0)
+
+
+def other_bandwidth(spec: KernelSpec, device: str) -> Bandwidth:
+    return Bandwidth(30.0, 40.0)
 
 
 def fake_matmul_tflops(spec: KernelSpec, device: str) -> float:
