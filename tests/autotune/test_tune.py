@@ -362,6 +362,19 @@ def test_a_gpu_times_candidates_on_up_to_eight_batches(fakes, database, cpu) -> 
         assert run.searched == regimes(batches, count) and len(run.searched) == count
 
 
+def test_a_cpu_tries_as_many_as_its_two_minutes_have_room_for(
+    fakes, database, cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module.ON_CPU, Effort.QUICK, (5, 3))
+    monkeypatch.setitem(module.ON_CPU, Effort.STANDARD, (1000, 1000))
+    assert module.plan_of(Effort.QUICK, target("h100")) == module.PLANS[Effort.QUICK]
+    assert module.plan_of(Effort.STANDARD, cpu) == module.PLANS[Effort.STANDARD]  # never more than elsewhere
+    assert module.plan_of(Effort.MAX, cpu) == module.PLANS[Effort.MAX]
+    events: list[Event] = []
+    tune(SPEC, cpu, (SHORT,), effort=Effort.QUICK, database=database, progress=events.append)
+    assert [e.done for e in events if isinstance(e, Tried)] == [3, 5]
+
+
 def test_spread_keeps_the_ends() -> None:
     workloads = [Workload.uniform(1, 2**i) for i in range(10)]
     assert spread(workloads, 3) == (workloads[0], workloads[4], workloads[9])
