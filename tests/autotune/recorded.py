@@ -48,8 +48,9 @@ SPECS = tuple(
 class Recording:
     """Microseconds of every schedule of a spec, over one workload or the geometric mean of several.
 
-    ``predicted`` are the cost model's, of every schedule; ``chosen`` is what a record's dispatch table would
-    hold: the fastest in the mean and the fastest on each workload.
+    ``predicted`` are the cost model's, of every schedule; ``chosen`` is what a neighbour's search would take
+    for guesses: of several workloads what a dispatch table would hold, the fastest in the mean and on each;
+    of one, the fastest few.
     """
 
     spec: KernelSpec

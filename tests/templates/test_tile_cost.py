@@ -85,3 +85,13 @@ def test_a_program_alone_on_an_sm_leaves_it_waiting(times):
 def test_a_short_call_waits_for_its_longest_program(times):
     """1 x 512 on tiles of 256 rows: 64 programs, half the SMs, took 33 us where 64 rows took 17."""
     assert times("1x512", tile_m=256, num_warps=8) > 1.5 * times("1x512")
+
+
+@pytest.mark.parametrize(("warps", "shared"), [(1, False), (2, True), (4, True)])
+def test_warps_that_share_tokens_of_a_row_wait_for_each_other(make_spec, warps, shared):
+    """Of tiles of 16 rows; maxima, sums and weights then go through shared memory, 0.3 us a tile."""
+    spec = make_spec(op="verify")
+    choices = dict(default_schedule(spec, H100).choices) | {"tile_m": 16, "num_warps": warps}
+    schedule = Schedule.of("triton-verify", **choices)
+    symbols = family_for(spec, H100).symbols(spec, H100, schedule, Workload.parse("16x4of4096", Op.VERIFY))
+    assert (symbols["share_us"] > 0) is shared

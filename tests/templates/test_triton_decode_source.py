@@ -219,6 +219,13 @@ def test_heads_are_columns_where_eight_are_enough_and_warps_share_the_rows(
     assert {f.name: f.values for f in TritonDecode().fields(spec, target("mi300x"))}["rows"] == (16,)
 
 
+@pytest.mark.parametrize(("warps", "width"), [(1, 16), (2, 32), (4, 64)])
+def test_sums_by_a_product_have_rows_for_every_warp_where_heads_are_columns(make_spec, h100, warps, width):
+    """16 rows of ones for each warp of the product."""
+    chosen = schedule(make_spec(), rows=8, num_warps=warps, sums="dot")
+    assert f"l = tl.zeros([{width}, 8], tl.float32)" in render(make_spec(), h100, chosen).text
+
+
 @pytest.mark.parametrize(
     ("gpu", "offered"), [("a100", False), ("h100", True), ("h200", True), ("b200", False)]
 )
